@@ -1,0 +1,129 @@
+"""What every quantizer is: a frozen value with a pure call, and the checks and gradients they share."""
+
+from __future__ import annotations
+
+import abc
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qtrain.errors import UsageError
+
+Array = jax.Array
+Axes = Sequence[int]
+
+FLOAT_BITS = 24
+"""Bits at or above this leave a tensor as it is: a float32 significand has 24 bits, so no finer grid exists."""
+
+
+class Quantizer(abc.ABC):
+    """A function from an array and a width to the array on that width's grid.
+
+    Subclasses are frozen, hashable dataclasses of static choices: everything that varies during training (bits,
+    ranges, noise) is an argument and may be traced. See `Uniform`, and the README for a quantizer in 20 lines.
+    """
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a call needs a `key`."""
+        return False
+
+    @property
+    def ema(self) -> float | None:
+        """Momentum of the range statistics that are kept in ``quant_stats``; None keeps none."""
+        return None
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Array,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        key: Array | None = None,
+        axes: Axes | None = None,
+    ) -> Array:
+        """`x` fake-quantized to `bits`.
+
+        Args:
+          x: any shape, float32 or bfloat16; the result has the same.
+          bits: whole number of bits, a Python number or an array that broadcasts against the scale; may be traced.
+          params: what the quantizer keeps between calls (a calibrated range, learned scales); None for none.
+          key: PRNG key, or a uint32 [2] seed of `qtrain.quantizers.noise`.
+          axes: the axes of `x` that are contracted by the operation it feeds.
+        """
+
+    def describe(self) -> str:
+        """A few words for the plan."""
+        return type(self).__name__
+
+
+def static_bits(bits: Any) -> int | None:
+    """`bits` as an int when it is a concrete Python or numpy number (checked), or None when it is an array.
+
+    Raises:
+      UsageError: for a number that is not whole, or below 1.
+    """
+    if isinstance(bits, jax.Array):
+        return None
+    try:
+        if isinstance(bits, bool):
+            raise TypeError
+        if isinstance(bits, np.ndarray) and bits.ndim:
+            check_bits_array(bits)
+            return None
+        number = int(bits) if float(bits) == int(bits) else operator.index(bits)
+    except (TypeError, ValueError, OverflowError):
+        raise UsageError(f"bits: {bits!r} is not a width; give a whole number of at least 1 (24 and above: float)") from None
+    if number < 1:
+        raise UsageError(f"bits: {bits!r} is not a width; give a whole number of at least 1 (24 and above: float)")
+    return number
+
+
+def check_bits_array(bits: np.ndarray) -> None:
+    """Refuse a concrete vector of widths with an entry that is not a whole number of at least 1."""
+    if not np.all((bits >= 1) & (bits == np.floor(bits))):
+        raise UsageError("bits: an entry is not a whole number of at least 1")
+
+
+@jax.custom_vjp
+def straight_through(x: Array, quantized: Array) -> Array:
+    """`quantized`; its gradient goes to `x` unchanged (Bengio et al. 2013): ∂/∂x = 1 everywhere."""
+    return quantized
+
+
+def _straight_through_forward(x: Array, quantized: Array) -> tuple[Array, None]:
+    return quantized, None
+
+
+def _straight_through_backward(_: None, g: Array) -> tuple[Array, None]:
+    return g, None
+
+
+straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+
+
+@jax.custom_vjp
+def straight_through_inside(x: Array, quantized: Array, inside: Array) -> Array:
+    """`quantized`; its gradient goes to `x` where `inside` is true and is zero elsewhere."""
+    return quantized
+
+
+def _inside_forward(x: Array, quantized: Array, inside: Array) -> tuple[Array, Array]:
+    return quantized, inside
+
+
+def _inside_backward(inside: Array, g: Array) -> tuple[Array, None, None]:
+    return jnp.where(inside, g, jnp.zeros_like(g)), None, None
+
+
+straight_through_inside.defvjp(_inside_forward, _inside_backward)
+
+
+def power_of_two(exponent: Array) -> Array:
+    """2^exponent for whole exponents 0…24, exactly, as float32: by integer shift, since exp2 on floats is not exact."""
+    return jnp.left_shift(jnp.int32(1), exponent.astype(jnp.int32)).astype(jnp.float32)

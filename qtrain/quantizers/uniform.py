@@ -1,0 +1,288 @@
+"""Uniform quantizers: one step size, codes that are consecutive integers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from qtrain.errors import UsageError, did_you_mean
+from qtrain.quantizers import noise
+from qtrain.quantizers.base import (
+    FLOAT_BITS,
+    Array,
+    Axes,
+    Quantizer,
+    power_of_two,
+    static_bits,
+    straight_through,
+    straight_through_inside,
+)
+from qtrain.quantizers.granularity import Layout, Per, check_per, layout
+
+GRIDS = ("symmetric", "aqt", "affine", "unsigned", "sign")
+ROUNDINGS = ("nearest", "stochastic", "floor")
+
+# The smallest normal float32: a scale is never zero, and its reciprocal is finite. CPT's 1e-8 would flatten gradients.
+_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+
+
+class AffineScale(NamedTuple):
+    """Scale of an affine grid: x̂ = code · scale + offset."""
+
+    scale: Array
+    offset: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform(Quantizer):
+    """Fake quantization to a uniform grid at a traced width b, with a straight-through gradient.
+
+    x̂ = c·s (+ x_min when affine),  c = clip(round(x/s), low, high). M = max|x| over the elements that share a scale:
+
+    ============  =========================  ==================  =====================================================
+    grid          s                          low … high          source
+    ============  =========================  ==================  =====================================================
+    symmetric     M / (2^(b−1) − 1)          ±(2^(b−1) − 1)      the usual signed grid; its end is M itself
+    aqt           M / (2^(b−1) − ½)          ±(2^(b−1) − 1)      AQT v2: M maps to the far edge of the last bucket
+    affine        (max − min) / (2^b − 1)    0 … 2^b − 1         CPT (Fu et al. 2021), float zero point: x − min
+    unsigned      max(x, 0) / (2^b − 1)      0 … 2^b − 1         after ReLU; negative inputs become 0
+    sign          mean|x|                    {−1, +1}            XNOR-Net (Rastegari et al. 2016); sign(0) = +1
+    ============  =========================  ==================  =====================================================
+
+    `symmetric` and `aqt` at 1 bit are the sign grid (their own would hold nothing but 0). Bits of 24 and above return
+    `x` itself. Arithmetic is float32; x/s is computed as x·(1/s), as AQT does, so that a compiled and an eager call
+    agree. s has the dtype of `x`, is at least the smallest normal float32, and finite inputs give finite results:
+    an all-zero tensor stays zero (±1e-38 on the sign grid), a constant one is reproduced.
+
+    Gradient with respect to x: 1 everywhere, as in CPT's and AQT's defaults; with `clip_gradient`, 0 where x lies more
+    than half a step outside the grid. With a range taken from `x` itself that happens only for the negative side of
+    ``unsigned``; it matters with calibrated ranges. Nothing flows to the range or the bits.
+
+    Attributes:
+      grid: one of the above.
+      per: "tensor" (one scale), "channel" (shared along the contracted axes; on a bare array one per index of the last
+        axis), "row", "column", a tuple of axes that keep scales of their own, or an int group size. See
+        `qtrain.quantizers.granularity.layout`.
+      rounding: "nearest" (ties to even), "stochastic" (⌊x/s + u⌋ with u uniform in [0, 1): unbiased, needs a key), or
+        "floor".
+      clip_gradient: see above.
+      statistics: momentum m of a running range r ← m·r + (1 − m)·range(x), kept in the collection ``quant_stats``:
+        training uses each batch's own range and updates r, evaluation uses r (as CPT does, with 0.9). None: the range
+        is always that of the tensor at hand. Not with a scale per example, which has no meaning for another batch.
+
+    >>> import jax.numpy as jnp
+    >>> q = Uniform(grid="symmetric", per="tensor")
+    >>> print(q(jnp.array([-1.0, -0.4, 0.1, 0.7]), 3))
+    [-1.         -0.33333334  0.          0.6666667 ]
+    >>> codes, scale = q.encode(jnp.array([-1.0, -0.4, 0.1, 0.7]), 3)
+    >>> print(codes, scale)
+    [-3 -1  0  2] [0.33333334]
+    """
+
+    grid: str = "symmetric"
+    per: Per = "channel"
+    rounding: str = "nearest"
+    clip_gradient: bool = False
+    statistics: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.grid not in GRIDS:
+            raise UsageError(f"grid={self.grid!r}: give one of {GRIDS}{did_you_mean(self.grid, GRIDS)}")
+        if self.rounding not in ROUNDINGS:
+            raise UsageError(f"rounding={self.rounding!r}: give one of {ROUNDINGS}{did_you_mean(self.rounding, ROUNDINGS)}")
+        if isinstance(self.per, list):
+            object.__setattr__(self, "per", tuple(self.per))
+        check_per(self.per)
+        if self.statistics is not None and not 0.0 <= self.statistics < 1.0:
+            raise UsageError(f"statistics={self.statistics!r}: give a momentum in [0, 1), or None for no running range")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a call needs a `key`."""
+        return self.rounding == "stochastic"
+
+    @property
+    def ema(self) -> float | None:
+        """Momentum of the running range, or None."""
+        return self.statistics
+
+    def describe(self) -> str:
+        """The choices that differ from plain rounding, in a few words: ``affine/tensor stochastic``."""
+        words = [f"{self.grid}/{self.per}"]
+        words += [self.rounding] if self.rounding != "nearest" else []
+        words += ["clip_gradient"] if self.clip_gradient else []
+        words += [f"ema={self.statistics}"] if self.statistics is not None else []
+        return " ".join(words)
+
+    def __call__(
+        self,
+        x: Array,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        key: Array | None = None,
+        axes: Axes | None = None,
+    ) -> Array:
+        """`x` on the grid of width `bits`; see the class and `Quantizer.__call__`.
+
+        Args:
+          x: float32 or bfloat16, any shape.
+          bits: a whole number, or an array that broadcasts against the scale.
+          params: a range from `range`, to be used instead of that of `x`.
+          key: PRNG key or seed, for stochastic rounding.
+          axes: contracted axes, which give ``per="channel"`` its meaning.
+
+        Raises:
+          UsageError: for a concrete `bits` that is no width, or stochastic rounding without a key.
+        """
+        concrete = static_bits(bits)
+        if concrete is not None and concrete >= FLOAT_BITS:
+            return x
+        view = layout(x.shape, self.per, axes)
+        values = lax.stop_gradient(x).reshape(view.shape)
+        bits = jnp.asarray(bits)
+        scale = self._scale(values, bits, view, params)
+        codes, in_steps = self._codes(values, bits, scale, key)
+        quantized = self._values(codes, scale)
+        if concrete is None:
+            quantized = jnp.where(bits >= FLOAT_BITS, values, quantized)
+        quantized = quantized.reshape(x.shape)
+        if not self.clip_gradient:
+            return straight_through(x, quantized)
+        low, high = self._bounds(bits)
+        inside = (in_steps >= low - 0.5) & (in_steps <= high + 0.5) | (bits >= FLOAT_BITS)
+        return straight_through_inside(x, quantized, inside.reshape(x.shape))
+
+    def encode(
+        self,
+        x: Array,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        key: Array | None = None,
+        axes: Axes | None = None,
+    ) -> tuple[Array, Any]:
+        """Integer codes of `x` and the scale that decodes them.
+
+        Returns:
+          codes: int32, the shape of `x`.
+          scale: dtype of `x`, an array that broadcasts against the codes (for a group size: against the codes with the
+            grouped axis split), or an `AffineScale` of two.
+
+        Raises:
+          UsageError: as a call, and for concrete bits of 24 and above, which have no integer codes.
+        """
+        concrete = static_bits(bits)
+        if concrete is not None and concrete >= FLOAT_BITS:
+            raise UsageError(f"bits: {bits!r} leaves a tensor in float and has no integer codes; give at most 23")
+        view = layout(x.shape, self.per, axes)
+        values = lax.stop_gradient(x).reshape(view.shape)
+        bits = jnp.asarray(bits)
+        scale = self._scale(values, bits, view, params)
+        codes, _ = self._codes(values, bits, scale, key)
+        return codes.astype(jnp.int32).reshape(x.shape), scale
+
+    def decode(self, codes: Array, scale: Any, *, axes: Axes | None = None) -> Array:
+        """The values that `codes` stand for, in the dtype of `scale`; equals the call on what was encoded, exactly."""
+        view = layout(codes.shape, self.per, axes)
+        return self._values(codes.reshape(view.shape).astype(jnp.float32), scale).reshape(codes.shape)
+
+    def range(self, x: Array, *, axes: Axes | None = None) -> dict[str, Array]:
+        """The statistics of `x` that its scale is made from: float32, one for each scale.
+
+        ``absmax`` and ``absmean`` for symmetric, aqt and sign; ``min`` and ``max`` for affine; ``max`` for unsigned.
+        """
+        view = layout(x.shape, self.per, axes)
+        values = lax.stop_gradient(x).reshape(view.shape)
+        return {name: _reduce(values, name, view.axes) for name in self._statistics_names}
+
+    @property
+    def _statistics_names(self) -> tuple[str, ...]:
+        return {"affine": ("min", "max"), "unsigned": ("max",)}.get(self.grid, ("absmax", "absmean"))
+
+    def _scale(self, values: Array, bits: Array, view: Layout, params: Mapping[str, Array] | None) -> Any:
+        def statistic(name: str) -> Array:
+            return _reduce(values, name, view.axes) if params is None else params[name].reshape(view.scale_shape)
+
+        dtype = values.dtype
+        if self.grid == "affine":
+            lowest = statistic("min").astype(dtype).astype(jnp.float32)
+            step = (statistic("max") - lowest) / self._bounds(bits)[1]
+            return AffineScale(_positive(step).astype(dtype), lowest.astype(dtype))
+        if self.grid == "unsigned":
+            return _positive(statistic("max") / self._bounds(bits)[1]).astype(dtype)
+        if self.grid == "sign":
+            return _positive(statistic("absmean")).astype(dtype)
+        high = self._bounds(bits)[1] + (0.5 if self.grid == "aqt" else 0.0)
+
+        def both() -> Array:
+            return jnp.where(bits == 1, statistic("absmean"), statistic("absmax") / high)
+
+        def one() -> Array:
+            return lax.cond(bits == 1, lambda: statistic("absmean"), lambda: statistic("absmax") / high)
+
+        # A CPU pays for each pass over the tensor; an accelerator fuses the two reductions and pays for the branch.
+        step = both() if bits.ndim or params is not None else lax.platform_dependent(cpu=one, default=both)
+        return _positive(step).astype(dtype)
+
+    def _bounds(self, bits: Array) -> tuple[Array, Array]:
+        """Lowest and highest code at `bits`, float32."""
+        bits = jnp.minimum(bits, FLOAT_BITS)
+        if self.grid in ("affine", "unsigned"):
+            return jnp.float32(0.0), power_of_two(bits) - 1.0
+        if self.grid == "sign":
+            return jnp.float32(-1.0), jnp.float32(1.0)
+        high = jnp.maximum(power_of_two(bits - 1) - 1.0, 1.0)
+        return -high, high
+
+    def _codes(self, values: Array, bits: Array, scale: Any, key: Array | None) -> tuple[Array, Array]:
+        """Whole codes as float32, and x/s before rounding."""
+        values = values.astype(jnp.float32)
+        step = scale
+        if isinstance(scale, AffineScale):
+            step = scale.scale
+            values = values - scale.offset.astype(jnp.float32)
+        in_steps = values * (1.0 / step.astype(jnp.float32))
+        if self.grid == "sign":
+            return jnp.where(values >= 0, 1.0, -1.0), in_steps
+        if self.rounding == "stochastic":
+            if key is None:
+                raise UsageError("rounding='stochastic' needs a key: pass key=, or rngs={'quant': key} to apply")
+            words = noise.seed(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+            rounded = jnp.floor(in_steps + noise.uniform(words, in_steps.shape, step))
+        else:
+            rounded = jnp.floor(in_steps) if self.rounding == "floor" else jnp.round(in_steps)
+        low, high = self._bounds(bits)
+        codes = jnp.clip(rounded, low, high)
+        if self.grid in ("symmetric", "aqt"):
+            codes = jnp.where(bits == 1, jnp.where(values >= 0, 1.0, -1.0), codes)
+        return codes, in_steps
+
+    def _values(self, codes: Array, scale: Any) -> Array:
+        if isinstance(scale, AffineScale):
+            values = codes * scale.scale.astype(jnp.float32) + scale.offset.astype(jnp.float32)
+            return values.astype(scale.scale.dtype)
+        return (codes * scale.astype(jnp.float32)).astype(scale.dtype)
+
+
+def _reduce(values: Array, name: str, axes: tuple[int, ...]) -> Array:
+    """A range statistic over `axes`, kept, float32; of an empty tensor it is 0."""
+    values = values.astype(jnp.float32)
+    if name == "absmean":
+        count = max(math.prod(values.shape[axis] for axis in axes), 1)
+        return jnp.sum(jnp.abs(values), axis=axes, keepdims=True) / count
+    if name == "absmax":
+        return jnp.max(jnp.abs(values), axis=axes, keepdims=True, initial=0.0)
+    if name == "min":
+        return jnp.min(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
+    return jnp.max(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
+
+
+def _positive(step: Array) -> Array:
+    return jnp.maximum(step, _SMALLEST)
