@@ -1,0 +1,19 @@
+"""Injection: rules resolved against a model that nobody edits, and the model with quantizers inside.
+
+`quantize(model, rules)` gives a `QuantizedModel`; its `plan` says what is quantized, how, and what is not.
+"""
+
+from qtrain.inject.linen import QuantizedModel, quantize
+from qtrain.inject.plan import Plan, Row
+from qtrain.inject.rules import Rule, default_rules, quantizer_from_config, rules_from_config
+
+__all__ = [
+    "Plan",
+    "QuantizedModel",
+    "Row",
+    "Rule",
+    "default_rules",
+    "quantize",
+    "quantizer_from_config",
+    "rules_from_config",
+]

@@ -1,0 +1,133 @@
+"""The plan: what is quantized, how, and what share of the work it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from qtrain.cost.marker import OpBits
+from qtrain.cost.ops import Ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer, or one operation outside any layer that can be quantized.
+
+    Attributes:
+      path: module path.
+      module: type of the module, or "" for an operation found in the traced program alone.
+      op: "dot", "conv" or "" for a layer without multiplications that is not quantized (an embedding's lookup).
+      bits: fixed bits, "schedule" or None (float) of weights, acts and grads.
+      weights, acts, grads, bias: the quantizers in words, "float" where there is none.
+      residuals: what the backward pass sees.
+      macs: multiply-accumulates of the forward pass, for the batch the plan was made with.
+      weight_scales: number of scales that storing the weights takes.
+      note: why it is not quantized, or what made it an exception.
+    """
+
+    path: str
+    module: str
+    op: str
+    bits: OpBits
+    weights: str = "float"
+    acts: str = "float"
+    grads: str = "float"
+    bias: str = "float"
+    residuals: str = "quantized"
+    macs: int = 0
+    weight_scales: int = 0
+    note: str = ""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any operand is quantized."""
+        return any(bits is not None for bits in (self.bits.weights, self.bits.acts, self.bits.grads))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The resolved plan of a model for arguments of given shapes.
+
+    Iterating gives its rows, in order of execution; ``str(plan)`` is a readable table; `ops` are the counted operations
+    that `qtrain.cost` prices.
+    """
+
+    rows: tuple[Row, ...]
+    ops: Ops
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, path: str) -> Row:
+        """The row of a path."""
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise KeyError(path)
+
+    @property
+    def macs(self) -> int:
+        """Forward multiply-accumulates, quantized or not."""
+        return sum(row.macs for row in self.rows)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the forward multiply-accumulates whose operands are both quantized."""
+        covered = sum(row.macs for row in self.rows if row.bits.weights is not None and row.bits.acts is not None)
+        return covered / max(self.macs, 1)
+
+    @property
+    def followers(self) -> tuple[str, ...]:
+        """Paths of the layers that follow the schedule with at least one operand."""
+        return tuple(row.path for row in self.rows if "schedule" in (row.bits.weights, row.bits.acts, row.bits.grads))
+
+    @property
+    def weight_scales(self) -> dict[str, int]:
+        """Path → number of weight scales."""
+        return {row.path: row.weight_scales for row in self.rows if row.weight_scales}
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as plain data."""
+        return [dataclasses.asdict(row) for row in self.rows]
+
+    def __str__(self) -> str:
+        header = ("layer", "op", "weights", "acts", "gradients", "MACs", "share", "note")
+        total = max(self.macs, 1)
+        body = [
+            (
+                row.path or "(root)",
+                row.op or "-",
+                _cell(row.weights, row.bits.weights),
+                _cell(row.acts, row.bits.acts),
+                _cell(row.grads, row.bits.grads),
+                f"{row.macs:,}",
+                f"{100 * row.macs / total:.1f} %",
+                row.note,
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
+        right = {5, 6}
+
+        def line(cells: tuple[str, ...]) -> str:
+            padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+            return "  ".join(padded).rstrip()
+
+        rule = "  ".join("-" * width for width in widths)
+        summary = f"{100 * self.coverage:.1f} % of {self.macs:,} forward MACs have both operands quantized"
+        return "\n".join([line(header), rule, *map(line, body), summary])
+
+    def dumps(self) -> str:
+        """The rows as JSON text."""
+        return json.dumps(self.to_json(), indent=1)
+
+
+def _cell(quantizer: str, bits: int | str | None) -> str:
+    if bits is None:
+        return "float"
+    return f"{quantizer} @ {bits}" if bits == "schedule" else f"{quantizer} @ {bits} fixed"

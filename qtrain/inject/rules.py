@@ -1,0 +1,204 @@
+"""Rules: which layers are quantized, by which quantizers, at fixed bits or at those of the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from qtrain.errors import UsageError, did_you_mean
+from qtrain.quantizers import RESIDUALS, Quantizer, Uniform
+from qtrain.quantizers.base import static_bits
+
+OPS = ("dot", "conv")
+POSITIONS = ("any", "first", "last", "ends")
+EXECUTIONS = ("fake",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What happens to the layers whose module path fully matches `path`; of several rules the first match wins.
+
+    The quantizers say how an operand is quantized (None: it stays in float); `weights`, `acts` and `grads` say to how
+    many bits: a number is fixed, None follows the ``bits=`` of the step.
+
+    Raises:
+      UsageError: for a field that holds something it does not allow.
+    """
+
+    path: str = ".*"
+    """Regular expression on the whole ``/``-joined module path; the root module's path is ``""``."""
+    weights: int | None = None
+    """Fixed bits of the kernel (and bias); None follows the schedule."""
+    acts: int | None = None
+    """Fixed bits of the input; None follows the schedule."""
+    grads: int | None = None
+    """Fixed bits of the output's cotangent; None follows the schedule."""
+    weight_quantizer: Quantizer | None = Uniform("symmetric", per="channel")
+    """Quantizer of the kernel."""
+    act_quantizer: Quantizer | None = Uniform("symmetric", per="channel")
+    """Quantizer of the input."""
+    grad_quantizer: Quantizer | None = None
+    """Quantizer of the cotangent of the layer's product, which feeds input and weight gradient alike."""
+    bias_quantizer: Quantizer | None = None
+    """Quantizer of the bias, at the bits of the weights."""
+    ops: tuple[str, ...] = OPS
+    """The operations it applies to: of "dot" (Dense, DenseGeneral) and "conv" (Conv)."""
+    residuals: str = "quantized"
+    """What the backward pass multiplies with: the "quantized" operands, or the "original" ones."""
+    execution: str = "fake"
+    """"fake": float arithmetic on quantized values."""
+    position: str = "any"
+    """"first", "last" or "ends" restricts the rule to the first, last or both of the model's quantizable layers."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.path)
+        except (re.error, TypeError) as error:
+            raise UsageError(f"rule path={self.path!r}: not a regular expression ({error})") from None
+        for name in ("weights", "acts", "grads"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _fixed_bits(self.path, name, getattr(self, name)))
+        for name in ("weight_quantizer", "act_quantizer", "grad_quantizer", "bias_quantizer"):
+            if not isinstance(getattr(self, name), Quantizer | None):
+                raise UsageError(f"rule {self.path!r}: {name}={getattr(self, name)!r} is not a quantizer; give one of qtrain.quantizers, or None")
+        ops = (self.ops,) if isinstance(self.ops, str) else tuple(self.ops)
+        object.__setattr__(self, "ops", ops)
+        for op in ops:
+            _one_of(self.path, "ops", op, OPS)
+        _one_of(self.path, "residuals", self.residuals, RESIDUALS)
+        _one_of(self.path, "execution", self.execution, EXECUTIONS)
+        _one_of(self.path, "position", self.position, POSITIONS)
+
+    def matches(self, path: str) -> bool:
+        """Whether `path` is fully matched."""
+        return re.fullmatch(self.path, path) is not None
+
+
+def default_rules(
+    *,
+    weight_quantizer: Quantizer | None = Uniform("symmetric", per="channel"),
+    act_quantizer: Quantizer | None = Uniform("symmetric", per="channel"),
+    grad_quantizer: Quantizer | None = None,
+    ends: int = 8,
+) -> tuple[Rule, ...]:
+    """Every layer follows the schedule, but the first and the last stay at `ends` bits.
+
+    The two ends hold a small share of the operations and lose most from few bits, which is why quantized networks
+    commonly keep them at 8 (Zhou et al. 2016, DoReFa, left them in float).
+    """
+    quantizers: dict[str, Any] = {
+        "weight_quantizer": weight_quantizer,
+        "act_quantizer": act_quantizer,
+        "grad_quantizer": grad_quantizer,
+    }
+    return (Rule(position="ends", weights=ends, acts=ends, **quantizers), Rule(**quantizers))
+
+
+def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
+    """A quantizer from a config's value: None, ``"grid/per"``, or a mapping of `Uniform`'s fields.
+
+    >>> quantizer_from_config("affine/tensor", "quant.rules[0].act_quantizer").describe()
+    'affine/tensor'
+
+    Raises:
+      UsageError: naming `key`.
+    """
+    if spec is None or isinstance(spec, Quantizer):
+        return spec
+    if isinstance(spec, str):
+        grid, _, per = spec.partition("/")
+        spec = {"grid": grid, **({"per": per} if per else {})}
+    if not isinstance(spec, Mapping):
+        raise UsageError(f"{key}={spec!r}: give 'grid/per' such as 'affine/tensor', a mapping of Uniform's fields, or None")
+    fields = {field.name for field in dataclasses.fields(Uniform)}
+    for name in spec:
+        if name not in fields:
+            raise UsageError(f"{key}.{name}: Uniform has no such field; it takes {sorted(fields)}{did_you_mean(name, fields)}")
+    try:
+        return Uniform(**{name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()})
+    except UsageError as error:
+        raise UsageError(f"{key}.{error}") from None
+
+
+def rules_from_config(specs: Sequence[Mapping[str, Any]], key: str = "quant.rules") -> tuple[Rule, ...]:
+    """Rules from a config: a sequence of mappings of `Rule`'s fields, quantizers as `quantizer_from_config` takes them.
+
+    Raises:
+      UsageError: naming the rule by its index.
+    """
+    fields = {field.name for field in dataclasses.fields(Rule)}
+    rules = []
+    for index, spec in enumerate(specs):
+        if isinstance(spec, Rule):
+            rules.append(spec)
+            continue
+        here = f"{key}[{index}]"
+        if not isinstance(spec, Mapping):
+            raise UsageError(f"{here}={spec!r}: give a mapping with keys of {sorted(fields)}")
+        values: dict[str, Any] = {}
+        for name, value in spec.items():
+            if name not in fields:
+                raise UsageError(f"{here}.{name}: a rule has no such field; it takes {sorted(fields)}{did_you_mean(name, fields)}")
+            values[name] = quantizer_from_config(value, f"{here}.{name}") if name.endswith("_quantizer") else value
+        rules.append(Rule(**values))
+    if not rules:
+        raise UsageError(f"{key} is empty: give at least one rule, or 'default'")
+    return tuple(rules)
+
+
+def check_rules(rules: Sequence[Rule], modules: Iterable[str], quantizable: Mapping[str, str]) -> None:
+    """Refuse rules that do nothing.
+
+    Args:
+      rules: in order.
+      modules: every module path of the model.
+      quantizable: path → operation of those that can be quantized.
+
+    Raises:
+      UsageError: for a rule that matches no module, or none of whose matches can be quantized.
+    """
+    modules = list(modules)
+    for rule in rules:
+        matched = [path for path in modules if rule.matches(path)]
+        if not matched:
+            near = did_you_mean(rule.path, modules)
+            listed = ", ".join(repr(path) for path in list(quantizable)[:6])
+            raise UsageError(f"rule path={rule.path!r} matches no module; quantizable are {listed}{near}")
+        if not any(quantizable.get(path) in rule.ops for path in matched):
+            listed = ", ".join(repr(path) for path in matched[:6])
+            near = did_you_mean(matched[0], quantizable)
+            raise UsageError(
+                f"rule path={rule.path!r} (ops={rule.ops}) matches only what cannot be quantized ({listed}); "
+                f"quantizable are {', '.join(repr(path) for path in list(quantizable)[:6])}{near}"
+            )
+
+
+def assign(rules: Sequence[Rule], quantizable: Mapping[str, str]) -> dict[str, int]:
+    """Path → index of its rule, for every quantizable path (in order of execution) that a rule covers."""
+    paths = list(quantizable)
+    where = {"any": set(paths), "first": set(paths[:1]), "last": set(paths[-1:])}
+    where["ends"] = where["first"] | where["last"]
+    assigned = {}
+    for path, op in quantizable.items():
+        for index, rule in enumerate(rules):
+            if rule.matches(path) and op in rule.ops and path in where[rule.position]:
+                assigned[path] = index
+                break
+    return assigned
+
+
+def _fixed_bits(path: str, name: str, value: Any) -> int:
+    try:
+        number = static_bits(value)
+    except UsageError:
+        number = None
+    if number is None:
+        raise UsageError(f"rule {path!r}: {name}={value!r} is not a width; give a whole number of at least 1, or None to follow the schedule")
+    return number
+
+
+def _one_of(path: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UsageError(f"rule {path!r}: {name}={value!r}; give one of {allowed}{did_you_mean(value, allowed)}")

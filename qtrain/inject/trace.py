@@ -1,0 +1,247 @@
+"""One pass through a linen model with the quantizers injected, or with the layers merely written down."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from qtrain.cost import marker
+from qtrain.errors import UsageError
+from qtrain.inject.rules import Rule
+from qtrain.precision import Precision
+from qtrain.quantizers import Contraction, Conv, Dot, Operands, Quantizer, Traced, layout, noise
+
+Array = jax.Array
+Contract = Callable[[Contraction, Operands, Array, Array, Traced], Array]
+
+STATISTICS = "quant_stats"
+"""The collection of running ranges."""
+
+# Layer type → (operation, field that takes its function).
+_LAYERS: dict[type, tuple[str, str]] = {
+    nn.Dense: ("dot", "dot_general"),
+    nn.DenseGeneral: ("dot", "dot_general"),
+    nn.Conv: ("conv", "conv_general_dilated"),
+}
+_NOT_REACHED = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, nn.Embed, nn.OptimizedLSTMCell)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a pass saw of one quantizable layer."""
+
+    path: str
+    module: str
+    op: str
+    lhs: jax.ShapeDtypeStruct
+    rhs: jax.ShapeDtypeStruct
+    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclasses.dataclass
+class Trace:
+    """The state of one pass: what it is to do, and what it has seen.
+
+    Attributes:
+      rules, assigned: path → index of the rule; None while the layers are only being written down.
+      bits: the step's `Precision`, one for every layer or one a path; None to inject nothing.
+      seed: noise seed, for rules that round stochastically.
+      create_statistics: whether running ranges are being created (initialisation).
+      contract: carries out a quantized contraction.
+    """
+
+    rules: tuple[Rule, ...] = ()
+    assigned: Mapping[str, int] | None = None
+    bits: Precision | Mapping[str, Precision] | None = None
+    seed: Array | None = None
+    create_statistics: bool = False
+    contract: Contract | None = None
+    records: dict[str, Record] = dataclasses.field(default_factory=dict)
+    modules: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    statistics: set[str] = dataclasses.field(default_factory=set)
+
+    def intercept(self, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        """The linen interceptor: a supported layer is cloned onto its own scope with another contraction."""
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        path = "/".join(module.path)
+        self.modules.setdefault(path, type(module).__name__)
+        found = next((spec for kind, spec in _LAYERS.items() if isinstance(module, kind)), None)
+        if found is None:
+            if isinstance(module, _NOT_REACHED):
+                self.notes[path] = f"{type(module).__name__} is not reached by the injection"
+            return call(*args, **kwargs)
+        op, field = found
+        own = getattr(module, field), getattr(module, f"{field}_cls")
+        if any(isinstance(function, _Injected) for function in own):
+            return call(*args, **kwargs)
+        if any(function is not None for function in own):
+            self.notes[path] = f"sets a {field} of its own"
+            return call(*args, **kwargs)
+        injected = _Injected(self, module, path, op)
+        fields: dict[str, Any] = {field: injected}
+        rule = injected.rule
+        if self.bits is not None and rule is not None and rule.bias_quantizer is not None:
+            fields["promote_dtype"] = injected.promote_with_bias(module.promote_dtype)
+        clone = module.clone(parent=module.scope, **fields)
+        return type(clone).__call__(clone, *args, **kwargs)
+
+    def rule(self, path: str) -> Rule | None:
+        """The rule of a path, or None."""
+        return None if self.assigned is None or path not in self.assigned else self.rules[self.assigned[path]]
+
+    def precision(self, path: str) -> Precision:
+        """The step's bits for a path."""
+        if isinstance(self.bits, Mapping):
+            return self.bits.get(path, Precision())
+        return self.bits if self.bits is not None else Precision()
+
+
+class _Injected:
+    """The function a cloned layer calls in place of ``lax.dot_general`` or ``lax.conv_general_dilated``."""
+
+    def __init__(self, trace: Trace, module: nn.Module, path: str, op: str) -> None:
+        self.trace, self.module, self.path, self.op = trace, module, path, op
+        self.rule = trace.rule(path)
+
+    def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
+        op = _dot(*args, **kwargs) if self.op == "dot" else _conv(*args, **kwargs)
+        trace, path, rule = self.trace, self.path, self.rule
+        contracted = op.contracted
+        trace.records.setdefault(
+            path, Record(path, type(self.module).__name__, self.op, _shape(lhs), _shape(rhs), contracted)
+        )
+        if rule is not None and trace.create_statistics:
+            self._statistics("acts", rule.act_quantizer, lhs, contracted[0])
+            self._statistics("weights", rule.weight_quantizer, rhs, contracted[1])
+        if rule is None or trace.bits is None:
+            return op(lhs, rhs)
+        bits = effective_bits(rule, trace.precision(path))
+        seed = trace.seed
+        if seed is not None:
+            seed = noise.fold(seed, path)
+        elif any(q is not None and q.stochastic for q in (rule.act_quantizer, rule.weight_quantizer, rule.grad_quantizer)):
+            raise UsageError(f"layer {path!r} rounds stochastically and has no key: pass rngs={{'quant': key}} to apply")
+        operands = Operands(rule.act_quantizer, rule.weight_quantizer, rule.grad_quantizer, rule.residuals)
+        traced = Traced(
+            lhs_bits=bits.acts,
+            rhs_bits=bits.weights,
+            grad_bits=bits.grads,
+            seed=seed,
+            lhs_params=self._statistics("acts", rule.act_quantizer, lhs, contracted[0]),
+            rhs_params=self._statistics("weights", rule.weight_quantizer, rhs, contracted[1]),
+        )
+        assert trace.contract is not None
+        with jax.named_scope(marker.encode(op_bits(path, rule))):
+            return trace.contract(op, operands, lhs, rhs, traced)
+
+    def promote_with_bias(self, promote: Callable[..., Any]) -> Callable[..., Any]:
+        """`promote` followed by the quantization of the bias, which is added outside the contraction."""
+        rule = self.rule
+        assert rule is not None and rule.bias_quantizer is not None
+        quantizer: Quantizer = rule.bias_quantizer
+        bits = effective_bits(rule, self.trace.precision(self.path)).weights
+
+        def promoted(inputs: Array, kernel: Array, bias: Array | None, **kwargs: Any) -> tuple[Any, ...]:
+            inputs, kernel, bias = promote(inputs, kernel, bias, **kwargs)
+            if bias is not None and bits is not None:
+                key = None if self.trace.seed is None else noise.fold(self.trace.seed, f"{self.path}/bias")
+                bias = quantizer(bias, bits, key=key)
+            return inputs, kernel, bias
+
+        return promoted
+
+    def _statistics(self, name: str, quantizer: Quantizer | None, x: Array, axes: tuple[int, ...]) -> Any:
+        """The running range to quantize `x` with, or None for its own range; updates it where it may."""
+        momentum = None if quantizer is None else quantizer.ema
+        if quantizer is None or momentum is None:
+            return None
+        scope = self.module.scope
+        assert scope is not None
+        own = quantizer.range(x, axes=axes)  # type: ignore[attr-defined]
+        self.trace.statistics.add(self.path)
+        if not scope.has_variable(STATISTICS, name):
+            if self.trace.create_statistics and scope.is_mutable_collection(STATISTICS):
+                zeros = jax.tree.map(jnp.zeros_like, own)
+                scope.put_variable(STATISTICS, name, {**zeros, "count": jnp.zeros((), jnp.int32)})
+                return None
+            raise UsageError(unreachable_statistics(self.path))
+        running = scope.get_variable(STATISTICS, name)
+        seen = running["count"] > 0
+        ranges = {key: running[key] for key in own}
+        if not scope.is_mutable_collection(STATISTICS):
+            return jax.tree.map(lambda r, new: jnp.where(seen, r, new), ranges, own)
+        if not self.trace.create_statistics:
+            moved = jax.tree.map(lambda r, new: jnp.where(seen, momentum * r + (1 - momentum) * new, new), ranges, own)
+            scope.put_variable(STATISTICS, name, {**moved, "count": running["count"] + 1})
+        return None
+
+
+def unreachable_statistics(path: str) -> str:
+    """The message for a layer whose running ranges cannot be kept."""
+    return (
+        f"layer {path!r} keeps running ranges (statistics=), but collection {STATISTICS!r} does not reach it: initialise "
+        f"with qmodel.init; inside nn.scan or nn.vmap add variable_axes={{{STATISTICS!r}: 0}}, or use statistics=None"
+    )
+
+
+def effective_bits(rule: Rule, precision: Precision) -> Precision:
+    """The bits of a layer: fixed by its rule, else the step's; None where its rule has no quantizer."""
+
+    def choose(quantizer: Quantizer | None, fixed: int | None, scheduled: Any) -> Any:
+        return None if quantizer is None else fixed if fixed is not None else scheduled
+
+    return Precision(
+        weights=choose(rule.weight_quantizer or rule.bias_quantizer, rule.weights, precision.weights),
+        acts=choose(rule.act_quantizer, rule.acts, precision.acts),
+        grads=choose(rule.grad_quantizer, rule.grads, precision.grads),
+    )
+
+
+def op_bits(path: str, rule: Rule) -> marker.OpBits:
+    """The marker of a layer under its rule."""
+    follow = effective_bits(dataclasses.replace(rule, bias_quantizer=None), Precision("schedule", "schedule", "schedule"))
+    return marker.OpBits(path, follow.weights, follow.acts, follow.grads)
+
+
+def check_statistics(rule: Rule, record: Record) -> None:
+    """Refuse a running range whose shape would depend on the batch.
+
+    Raises:
+      UsageError: naming the layer.
+    """
+    quantizer = rule.act_quantizer
+    if quantizer is None or quantizer.ema is None:
+        return
+    kept = set(range(len(record.lhs.shape))) - set(record.contracted[0])
+    if not kept <= set(layout(record.lhs.shape, quantizer.per, record.contracted[0]).axes):  # type: ignore[attr-defined]
+        raise UsageError(
+            f"layer {record.path!r}: act_quantizer {quantizer.describe()!r} keeps a running range with a scale per "
+            "example, which has no meaning for another batch; use per='tensor'"
+        )
+
+
+def _dot(
+    dimension_numbers: Any, precision: Any = None, preferred_element_type: Any = None, *, out_sharding: Any = None
+) -> Dot:
+    (lhs, rhs), (lhs_batch, rhs_batch) = dimension_numbers
+    numbers = ((tuple(lhs), tuple(rhs)), (tuple(lhs_batch), tuple(rhs_batch)))
+    return Dot(numbers, precision, preferred_element_type, out_sharding)
+
+
+def _conv(window_strides: Any, padding: Any, **kwargs: Any) -> Conv:
+    padding = padding if isinstance(padding, str) else tuple(tuple(pair) for pair in padding)
+    for name in ("lhs_dilation", "rhs_dilation"):
+        kwargs[name] = None if kwargs.get(name) is None else tuple(kwargs[name])
+    return Conv(tuple(window_strides), padding, **kwargs)
+
+
+def _shape(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
