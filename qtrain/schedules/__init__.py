@@ -1,0 +1,78 @@
+"""Precision schedules: pure functions ``step -> bits``, like optax schedules.
+
+A schedule takes a step (a Python int, or an integer array of any shape, traced or not) and returns float32 of the same
+shape that holds whole numbers of bits: it works under ``jit`` and ``vmap``, and one compiled train step serves all its
+steps. 24 bits and more leave a tensor as it is; 32 is written for "not quantized".
+
+>>> s = cyclic("cosine", low=3, high=8, cycles=8, pattern="repeated", total_steps=64_000)
+>>> s(4000)
+Array(5., dtype=float32)
+
+- `constant`, `linear`, `piecewise` (also called `step`);
+- `cyclic`, and the ten schedules of Wolfe & Kyrillidis 2024: `suite`, `by_name`, in the `GROUPS` of what they save;
+- `window` (a deficit), `delayed` (late quantization), `join`, `clip`, `shift`: schedules made of schedules or bits;
+- `from_config`, `precisions_from_config`: from a config's plain mapping; `PrecisionSchedule`: ``step -> Precision``;
+- `relative_cost`, `saving`: what a schedule costs; `evaluate`: its bits at every step; `highest`: its q_max;
+- `suite_table`, `draw_suite`, `draw`: to look at.
+
+A wrong parameter raises `qtrain.errors.UsageError` when the schedule is built. Importing this imports no matplotlib.
+"""
+
+from qtrain.schedules.basic import Constant, Linear, Piecewise, constant, linear, piecewise, step
+from qtrain.schedules.combinators import (
+    Clipped,
+    Delayed,
+    Joined,
+    Shifted,
+    Window,
+    clip,
+    delayed,
+    join,
+    shift,
+    window,
+)
+from qtrain.schedules.config import from_config
+from qtrain.schedules.cycles import GROUPS, SUITE, Cyclic, by_name, cyclic, suite
+from qtrain.schedules.picture import draw, draw_suite, suite_table
+from qtrain.schedules.precisions import PrecisionSchedule, precisions_from_config
+from qtrain.schedules.savings import relative_cost, saving
+from qtrain.schedules.schedule import FLOAT_BITS, Schedule, ScheduleLike, evaluate, highest
+
+__all__ = [
+    "FLOAT_BITS",
+    "GROUPS",
+    "SUITE",
+    "Clipped",
+    "Constant",
+    "Cyclic",
+    "Delayed",
+    "Joined",
+    "Linear",
+    "Piecewise",
+    "PrecisionSchedule",
+    "Schedule",
+    "ScheduleLike",
+    "Shifted",
+    "Window",
+    "by_name",
+    "clip",
+    "constant",
+    "cyclic",
+    "delayed",
+    "draw",
+    "draw_suite",
+    "evaluate",
+    "from_config",
+    "highest",
+    "join",
+    "linear",
+    "piecewise",
+    "precisions_from_config",
+    "relative_cost",
+    "saving",
+    "shift",
+    "step",
+    "suite",
+    "suite_table",
+    "window",
+]
