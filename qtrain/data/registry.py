@@ -1,0 +1,175 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qtrain.data import digits, images, synthetic, text
+from qtrain.data.augment import channel_statistics
+from qtrain.data.config import DataConfig, parse_config
+from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_batch_size
+from qtrain.errors import UsageError, did_you_mean
+
+# Shape and classes of each image set, which `smoke` needs before (and without) any file.
+_IMAGE_SHAPES = {"digits": digits.SHAPE, "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+_SMOKE_EXAMPLES = 512
+
+
+def load(config_data: Mapping[str, Any] | Any, *, smoke: bool = False) -> Dataset:
+    """Loads the data set that a config's `data` section names.
+
+    Args:
+      config_data: a mapping or `ConfigDict` with keys of `qtrain.data.DEFAULTS`.
+      smoke: generated arrays of the same shapes instead, small, so that no data set need be there. A set
+        `tfds:<name>` takes `image_shape` and `num_classes` from the config, for its own are not known without it.
+
+    Raises:
+      UsageError: a wrong key or value, an unknown or missing data set, a batch larger than the data.
+
+    >>> load({"name": "mnist", "batch_size": 32}, smoke=True).input_shape
+    (28, 28, 1)
+    """
+    config = parse_config(config_data)
+    _check(config)
+    loader = _smoke if smoke else _load_tfds if config.name.startswith("tfds:") else DATASETS[config.name]
+    dataset = loader(config)
+    check_batch_size(config.batch_size, dataset.num_train, dataset.name)
+    return dataset
+
+
+def _check(config: DataConfig) -> None:
+    """What can be said before anything is read."""
+    if config.name not in DATASETS and not (config.name.startswith("tfds:") and len(config.name) > len("tfds:")):
+        raise UsageError(
+            f"data.name is {config.name!r}; known are {', '.join(map(repr, DATASETS))}, and 'tfds:<name>' for any "
+            f"prepared TFDS image set.{did_you_mean(config.name, DATASETS)}"
+        )
+    if config.path and config.name != "text":
+        raise UsageError(f"data.path is {config.path!r}, but only data.name='text' reads a file, not {config.name!r}")
+    if config.augment and _is_text(config.name):
+        raise UsageError(f"data.augment is {config.augment}, but {config.name!r} is text; only images are augmented")
+
+
+def _is_text(name: str) -> bool:
+    return name in ("tiny_shakespeare", "text", "synthetic_text")
+
+
+def _image_dataset(
+    config: DataConfig,
+    name: str,
+    train: ImageSource,
+    evaluation: Mapping[str, ImageSource],
+    shape: tuple[int, ...],
+    num_classes: int,
+    max_value: float,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]],
+) -> Dataset:
+    return Dataset(
+        name=name,
+        kind="image",
+        input_shape=shape,
+        num_classes=num_classes,
+        train=train,
+        eval=dict(evaluation),
+        max_value=max_value,
+        mean=statistics[0],
+        std=statistics[1],
+        augment=config.augment,
+        crop_padding=config.crop_padding,
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+
+
+def _text_dataset(config: DataConfig, name: str, sources: Mapping[str, TokenSource]) -> Dataset:
+    return Dataset(
+        name=name,
+        kind="tokens",
+        input_shape=(config.length,),
+        num_classes=text.VOCAB,
+        train=sources["train"],
+        eval={split: source for split, source in sources.items() if split != "train"},
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+
+
+def _load_digits(config: DataConfig) -> Dataset:
+    train, test = digits.load()
+    statistics = (digits.MEAN, digits.STD)
+    return _image_dataset(
+        config, "digits", train, {"test": test}, digits.SHAPE, digits.NUM_CLASSES, digits.MAX_VALUE, statistics
+    )
+
+
+def _load_tfds(config: DataConfig) -> Dataset:
+    prepared = images.open_set(config.name.removeprefix("tfds:"), config.dir)
+    check_batch_size(config.batch_size, prepared.splits["train"], config.name)  # before seconds of decoding
+    found = images.load(prepared, config.in_memory)
+    return _image_dataset(
+        config,
+        prepared.name,
+        found.train,
+        found.eval,
+        found.shape,
+        found.num_classes,
+        images.MAX_VALUE,
+        (found.mean, found.std),
+    )
+
+
+def _load_tiny_shakespeare(config: DataConfig) -> Dataset:
+    return _text_dataset(config, config.name, text.load_prepared(config.name, config.dir, config.length))
+
+
+def _load_text(config: DataConfig) -> Dataset:
+    return _text_dataset(config, config.name, text.load_file(config.path, config.length))
+
+
+def _load_synthetic(config: DataConfig) -> Dataset:
+    shape, num_classes = config.image_shape, config.num_classes
+    return _synthetic_images(config, config.name, shape, num_classes, config.num_train, config.num_test)
+
+
+def _load_synthetic_text(config: DataConfig) -> Dataset:
+    return _synthetic_text(config, config.name, config.num_train, config.num_test)
+
+
+def _synthetic_images(
+    config: DataConfig, name: str, shape: tuple[int, ...], num_classes: int, num_train: int, num_test: int
+) -> Dataset:
+    train = synthetic.images(shape, num_classes, num_train, seed=0, split=0)
+    test = synthetic.images(shape, num_classes, num_test, seed=0, split=1)
+    statistics = channel_statistics(train.images[: images.STATISTICS_EXAMPLES], images.MAX_VALUE)
+    return _image_dataset(config, name, train, {"test": test}, shape, num_classes, images.MAX_VALUE, statistics)
+
+
+def _synthetic_text(config: DataConfig, name: str, num_train: int, num_test: int) -> Dataset:
+    sizes = {"train": num_train, "validation": num_test, "test": num_test}
+    sources = {
+        split: synthetic.tokens(config.length, size, seed=0, split=index)
+        for index, (split, size) in enumerate(sizes.items())
+    }
+    return _text_dataset(config, name, sources)
+
+
+def _smoke(config: DataConfig) -> Dataset:
+    name = f"smoke:{config.name}"  # never to be taken for the real set, by a reader or by the fingerprint
+    num_train = max(_SMOKE_EXAMPLES, 2 * config.batch_size)
+    if _is_text(config.name):
+        return _synthetic_text(config, name, num_train, _SMOKE_EXAMPLES // 4)
+    shape = _IMAGE_SHAPES.get(config.name, config.image_shape)
+    num_classes = 10 if config.name in _IMAGE_SHAPES else config.num_classes
+    return _synthetic_images(config, name, shape, num_classes, num_train, _SMOKE_EXAMPLES // 4)
+
+
+DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
+    "digits": _load_digits,
+    "mnist": _load_tfds,
+    "cifar10": _load_tfds,
+    "tiny_shakespeare": _load_tiny_shakespeare,
+    "text": _load_text,
+    "synthetic": _load_synthetic,
+    "synthetic_text": _load_synthetic_text,
+}
