@@ -97,7 +97,7 @@ def default_rules(
 
 
 def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
-    """A quantizer from a config's value: None, ``"grid/per"``, or a mapping of `Uniform`'s fields.
+    """A quantizer from a config's value: None, ``"grid/per/rounding"``, or a mapping of `Uniform`'s fields.
 
     >>> quantizer_from_config("affine/tensor", "quant.rules[0].act_quantizer").describe()
     'affine/tensor'
@@ -108,10 +108,11 @@ def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
     if spec is None or isinstance(spec, Quantizer):
         return spec
     if isinstance(spec, str):
-        grid, _, per = spec.partition("/")
-        spec = {"grid": grid, **({"per": per} if per else {})}
+        spec = dict(zip(("grid", "per", "rounding"), spec.split("/"), strict=False))
+    if hasattr(spec, "to_dict"):
+        spec = spec.to_dict()
     if not isinstance(spec, Mapping):
-        raise UsageError(f"{key}={spec!r}: give 'grid/per' such as 'affine/tensor', a mapping of Uniform's fields, or None")
+        raise UsageError(f"{key}={spec!r}: give 'grid/per/rounding' such as 'affine/tensor', a mapping of Uniform's fields, or None")
     fields = {field.name for field in dataclasses.fields(Uniform)}
     for name in spec:
         if name not in fields:
@@ -135,6 +136,7 @@ def rules_from_config(specs: Sequence[Mapping[str, Any]], key: str = "quant.rule
             rules.append(spec)
             continue
         here = f"{key}[{index}]"
+        spec = spec.to_dict() if hasattr(spec, "to_dict") else spec
         if not isinstance(spec, Mapping):
             raise UsageError(f"{here}={spec!r}: give a mapping with keys of {sorted(fields)}")
         values: dict[str, Any] = {}

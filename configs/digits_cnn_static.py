@@ -1,0 +1,13 @@
+"""The digits CNN at constant bits, 8 by default: the baseline a schedule is compared with.
+
+Command: qtrain train --config configs/digits_cnn_static.py --workdir runs/static4 --config.schedule.bits=4
+"""
+
+from qtrain.config import base_config, finish
+
+
+def get_config(argument: str = ""):
+    config = base_config("digits_cnn")
+    config.schedule.update(name="constant", bits=8)
+    config.schedule.grads.update(name="constant", bits=8)
+    return finish(config, argument)

@@ -1,0 +1,193 @@
+"""The keys every config shares, the tasks they start from, and the `smoke` form of any config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from qtrain.errors import UsageError, did_you_mean
+
+placeholder = config_dict.placeholder
+
+TASKS: dict[str, dict[str, Any]] = {
+    "digits_mlp": {
+        "data": {"name": "digits", "batch_size": 64},
+        "model": {"name": "mlp", "features": (128, 128)},
+        "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine"},
+        "train": {"steps": 2000},
+    },
+    "digits_cnn": {
+        "data": {"name": "digits", "batch_size": 64, "augment": ("crop",), "crop_padding": 1},
+        "model": {"name": "cnn", "features": (32, 64), "hidden": 128},
+        "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine"},
+        "train": {"steps": 3000},
+    },
+    "mnist_mlp": {
+        "data": {"name": "mnist", "batch_size": 128},
+        "model": {"name": "mlp", "features": (256, 128)},
+        "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"},
+        "train": {"steps": 4680},
+    },
+    "mnist_cnn": {
+        "data": {"name": "mnist", "batch_size": 128},
+        "model": {"name": "cnn", "features": (16, 32), "hidden": 128},
+        "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"},
+        "train": {"steps": 2340},
+    },
+    "cifar10_resnet20": {
+        "data": {"name": "cifar10", "batch_size": 128, "augment": ("crop", "flip")},
+        "model": {"name": "resnet", "depth": 20},
+        "optimizer": {
+            "name": "sgd",
+            "learning_rate": 0.1,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "schedule": "step",
+            "boundaries_percent": (50, 75),
+        },
+        "train": {"steps": 64_000},
+    },
+    "tiny_shakespeare_transformer": {
+        "data": {"name": "tiny_shakespeare", "batch_size": 16, "length": 128},
+        "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4, "dropout": 0.1},
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.01,
+            "clip_norm": 1.0,
+            "schedule": "cosine",
+            "warmup_percent": 5.0,
+        },
+        "train": {"steps": 4000},
+    },
+}
+"""Data, model and optimizer of each reference task; the method comes on top."""
+
+# What `:smoke` makes of each model: seconds, not minutes.
+_SMOKE_MODELS: dict[str, dict[str, Any]] = {
+    "mlp": {"features": (16,)},
+    "cnn": {"features": (4, 8), "hidden": 16},
+    "resnet": {"depth": 8, "width": 0.25},
+    "transformer": {"num_layers": 1, "width": 16, "num_heads": 2},
+}
+
+
+def base_config(task: str) -> ConfigDict:
+    """A config with every shared key, for one of `TASKS`; unlocked, for a method to fill in.
+
+    ===========  ====================================================================================================
+    section      keys
+    ===========  ====================================================================================================
+    seed         initialisation, dropout and stochastic rounding
+    data         `qtrain.data.DataConfig`; ``data.seed`` is order and augmentation, ``data.dir`` where TFDS sets lie
+    model        ``name``, ``dtype`` ("float32", "bfloat16": of the computation) and the model's own fields
+    quant        ``recipe`` ("default", "cpt"), its quantizers ``weights``, ``acts``, ``grads`` ("grid/per/rounding" or
+                 None), ``ends`` (bits of the first and the last layer), ``residuals``; ``rules``: mappings of `Rule`'s
+                 fields, tried before the recipe's; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
+    schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ
+    optimizer    `qtrain.optim.optimizer`
+    train        ``steps`` or ``epochs`` (the other 0), ``log_every_steps``, ``steps_per_dispatch``,
+                 ``compilation_cache`` (a folder)
+    eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``
+    checkpoint   ``every_steps | every_epochs | every_percent``, ``keep``
+    ===========  ====================================================================================================
+
+    Raises:
+      UsageError: for an unknown task.
+    """
+    if task not in TASKS:
+        raise UsageError(f"task {task!r}: give one of {sorted(TASKS)}{did_you_mean(task, TASKS)}")
+    from qtrain.data import DEFAULTS  # imports grain, which `qtrain --help` must not wait for
+
+    every: dict[str, Any] = {"every_steps": 0, "every_epochs": 0.0, "every_percent": 0.0}
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "smoke": False,
+            "data": dict(DEFAULTS),
+            "model": {"name": "", "dtype": "float32"},
+            "quant": {
+                "recipe": "default",
+                "weights": "symmetric/channel",
+                "acts": "symmetric/channel",
+                "grads": "symmetric/tensor/stochastic",
+                "ends": 8,
+                "residuals": "quantized",
+                "rules": (),
+                "backend": "qtrain",
+            },
+            "schedule": {**_schedule_keys(), **{kind: _schedule_keys() for kind in ("weights", "acts", "grads")}},
+            "optimizer": {
+                "name": "adam",
+                "learning_rate": 1e-3,
+                "schedule": "cosine",
+                "warmup_steps": 0,
+                "warmup_epochs": 0.0,
+                "warmup_percent": 0.0,
+                "final_factor": 0.0,
+                "boundaries_percent": (50, 75),
+                "decay_factor": 0.1,
+                "momentum": 0.9,
+                "nesterov": False,
+                "weight_decay": 0.0,
+                "decay": "kernels",
+                "clip_norm": 0.0,
+                "accumulate_steps": 1,
+                "options": {},
+            },
+            "train": {
+                "steps": 0,
+                "epochs": 0.0,
+                "log_every_steps": 50,
+                "steps_per_dispatch": 1,
+                "compilation_cache": "",
+            },
+            "eval": {**every, "batch_size": 360},
+            "checkpoint": {**every, "keep": 2},
+        }
+    )
+    for section, values in TASKS[task].items():
+        for key, value in values.items():
+            config[section][key] = value
+    config.checkpoint.every_percent = 10.0
+    config.eval.every_percent = 25.0
+    return config
+
+
+def _schedule_keys() -> dict[str, Any]:
+    """The keys of a schedule, unset. Made anew each time: one placeholder in several places is one value."""
+    durations = [f"{name}_{unit}" for name in ("start", "length", "begin") for unit in ("steps", "percent")]
+    types: dict[type, tuple[str, ...]] = {
+        str: ("name", "profile", "pattern", "reflection", "cycle_length"),
+        int: ("bits", "low", "high", "cycles", "start_bits", "end_bits", "inside", "outside"),
+        float: ("rate", "beta", *durations),
+        tuple: ("boundaries_steps", "boundaries_percent", "values"),
+        bool: ("restart",),
+    }
+    return {key: placeholder(kind) for kind, keys in types.items() for key in keys}
+
+
+def finish(config: ConfigDict, argument: str = "") -> ConfigDict:
+    """`config` locked; with the argument ``smoke`` first made tiny: six steps on generated arrays of its shapes.
+
+    Raises:
+      UsageError: for another argument.
+    """
+    if argument == "smoke":
+        _make_smoke(config)
+    elif argument:
+        raise UsageError(f"config argument {argument!r}: the only one is 'smoke'{did_you_mean(argument, ['smoke'])}")
+    return config.lock()
+
+
+def _make_smoke(config: ConfigDict) -> None:
+    config.smoke = True
+    config.model.update(_SMOKE_MODELS[config.model.name])
+    config.data.update(batch_size=8, length=16)
+    config.train.update(steps=6, epochs=0.0, log_every_steps=2)
+    config.eval.update(every_steps=3, every_epochs=0.0, every_percent=0.0, batch_size=32)
+    config.checkpoint.update(every_steps=3, every_epochs=0.0, every_percent=0.0)
+    for part in (config.schedule, config.schedule.weights, config.schedule.acts, config.schedule.grads):
+        if part.cycles is not None:
+            part.cycles = min(part.cycles, 2)

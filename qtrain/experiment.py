@@ -1,0 +1,178 @@
+"""A config made into the things it names: data, model, plan, schedule, optimizer. Everything is checked here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from qtrain import cost, data, models, schedules
+from qtrain.data import Dataset
+from qtrain.durations import duration
+from qtrain.errors import UsageError, did_you_mean
+from qtrain.inject import Plan, QuantizedModel, Rule, default_rules, quantize, quantizer_from_config, rules_from_config
+from qtrain.methods import aqt
+from qtrain.methods.cpt import cpt_rules
+from qtrain.optim import optimizer
+from qtrain.precision import Precision
+from qtrain.schedules import PrecisionSchedule
+
+RECIPES = ("default", "cpt")
+BACKENDS = ("qtrain", "aqt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config stands for.
+
+    Attributes:
+      dataset, qmodel, plan, schedule, optimizer, learning_rate: the parts; the plan is that of one training batch.
+      total_steps: training steps.
+      eval_every, checkpoint_every: steps between them; 0 for only at the end.
+      fixed: the one precision of a backend that cannot take traced bits, else None.
+    """
+
+    config: ConfigDict
+    dataset: Dataset
+    qmodel: QuantizedModel
+    plan: Plan
+    schedule: PrecisionSchedule
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[Any], Any]
+    total_steps: int
+    eval_every: int
+    checkpoint_every: int
+    fixed: Precision | None
+
+    @property
+    def q_max(self) -> Precision:
+        """The highest precision of the schedule."""
+        return self.schedule.q_max
+
+    def precision(self, step: Any) -> Precision:
+        """The precision of a step."""
+        return self.schedule(step) if self.fixed is None else self.fixed
+
+    def inputs(self) -> jax.ShapeDtypeStruct:
+        """The shape of the model's input for one training batch."""
+        return _inputs(self.dataset, self.config.data.batch_size)
+
+    def describe_schedule(self) -> str:
+        """The schedules, a line each."""
+        parts = {"weights": self.schedule.weights, "activations": self.schedule.acts, "gradients": self.schedule.grads}
+        if self.fixed is not None:
+            return f"backend aqt, static: weights {self.fixed.weights}, activations {self.fixed.acts} bits, gradients float"
+        return "\n".join(f"{name:<12}{schedule}" for name, schedule in parts.items())
+
+    def cost_summary(self) -> dict[str, float]:
+        """BitOps of the whole run under the schedule and at q_max, the saving, and bytes of the stored weights."""
+        static = cost.static(self.plan.ops, self.q_max, self.total_steps)
+        effective = static if self.fixed is not None else cost.effective(self.plan.ops, self.schedule, self.total_steps)
+        return {
+            "effective_bitops": effective,
+            "static_bitops": static,
+            "saving": cost.saving(effective, static),
+            "float_bitops": cost.static(self.plan.ops, Precision(), self.total_steps),
+            "weight_bytes": cost.weight_bytes(self.plan.ops, self.q_max, self.plan.weight_scales),
+        }
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Resolve a config.
+
+    Raises:
+      UsageError: for whatever is wrong with it, before anything is compiled or written.
+    """
+    _check_choices(config)
+    dataset = data.load(config.data, smoke=config.smoke)
+    steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size)
+    total_steps = _total_steps(config, steps_per_epoch)
+    schedule = schedules.precisions_from_config(config.schedule.to_dict(), total_steps)
+    fields = config.model.to_dict()
+    module = models.build(fields, num_classes=dataset.num_classes, input_shape=dataset.input_shape)
+    rules = _rules(config)
+    fixed = None
+    if config.quant.backend == "aqt":
+        # AQT freezes widths at compile time, so the run is the schedule's static counterpart.
+        fixed = Precision(weights=schedule.q_max.weights, acts=schedule.q_max.acts)
+        schedule = dataclasses.replace(schedule, weights=fixed.weights, acts=fixed.acts, grads=None)
+        qmodel = quantize(module, aqt.aqt_rules(rules), execute=aqt.execute)
+    else:
+        qmodel = quantize(module, rules)
+    plan = qmodel.plan(_inputs(dataset, config.data.batch_size), train=True)
+    transform, learning_rate = optimizer(config.optimizer, total_steps, steps_per_epoch)
+
+    def every(section: str) -> int:
+        found = duration(
+            config[section], "every", section, steps_per_epoch=steps_per_epoch, total_steps=total_steps, default=0
+        )
+        return _multiple(found, config.train.steps_per_dispatch)
+
+    return Experiment(
+        config=config,
+        dataset=dataset,
+        qmodel=qmodel,
+        plan=plan,
+        schedule=schedule,
+        optimizer=transform,
+        learning_rate=learning_rate,
+        total_steps=total_steps,
+        eval_every=every("eval"),
+        checkpoint_every=every("checkpoint"),
+        fixed=fixed,
+    )
+
+
+def _inputs(dataset: Dataset, batch_size: int) -> jax.ShapeDtypeStruct:
+    dtype = "float32" if dataset.kind == "image" else "int32"
+    return jax.ShapeDtypeStruct((batch_size, *dataset.input_shape), dtype)
+
+
+def _total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
+    total = duration(config.train, "", "train", steps_per_epoch=steps_per_epoch)
+    if total < 1:
+        raise UsageError(f"train: {total} steps; give at least 1")
+    per_dispatch = config.train.steps_per_dispatch
+    if per_dispatch < 1 or total % per_dispatch or config.train.log_every_steps % per_dispatch:
+        raise UsageError(
+            f"train.steps_per_dispatch={per_dispatch}: give a divisor of the {total} steps and of "
+            f"train.log_every_steps={config.train.log_every_steps}"
+        )
+    if config.train.log_every_steps < 1:
+        raise UsageError(f"train.log_every_steps={config.train.log_every_steps}: give at least 1")
+    return total
+
+
+def _multiple(steps: int, per_dispatch: int) -> int:
+    return -(-steps // per_dispatch) * per_dispatch
+
+
+def _check_choices(config: ConfigDict) -> None:
+    for key, value, allowed in (
+        ("quant.recipe", config.quant.recipe, RECIPES),
+        ("quant.backend", config.quant.backend, BACKENDS),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{key}={value!r}: give one of {allowed}{did_you_mean(value, allowed)}")
+    if config.eval.batch_size < 1:
+        raise UsageError(f"eval.batch_size={config.eval.batch_size}: give at least 1")
+    if config.checkpoint.keep < 1:
+        raise UsageError(f"checkpoint.keep={config.checkpoint.keep}: give at least 1")
+
+
+def _rules(config: ConfigDict) -> tuple[Rule, ...]:
+    quant = config.quant
+    own = rules_from_config(quant.rules) if quant.rules else ()
+    if quant.recipe == "cpt":
+        return (*own, *cpt_rules())
+    recipe = default_rules(
+        weight_quantizer=quantizer_from_config(quant.weights, "quant.weights"),
+        act_quantizer=quantizer_from_config(quant.acts, "quant.acts"),
+        grad_quantizer=quantizer_from_config(quant.grads, "quant.grads"),
+        ends=quant.ends,
+    )
+    return (*own, *(dataclasses.replace(rule, residuals=quant.residuals) for rule in recipe))

@@ -1,0 +1,70 @@
+"""The command line: a subcommand, then its flags. Everything heavy is imported by the subcommand that needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from qtrain.errors import UsageError, did_you_mean
+
+USAGE_ERROR, DIVERGED, PREEMPTED = 2, 1, 75
+"""Exit codes: a mistake in what was asked; a loss that is not finite; stopped by SIGTERM, to be started again."""
+
+HELP = """qtrain: what precision should each tensor have at each step of training?
+
+usage: qtrain COMMAND [flags]
+
+  train      train a config: qtrain train --config configs/digits_cnn_cpt.py --workdir runs/digits
+  plan       what a config quantizes, how, and at what cost; trains nothing
+  schedules  the ten cyclic precision schedules as a table and a picture
+
+qtrain COMMAND --help lists a command's flags. A config's values are overridden as --config.train.steps=500; its `smoke`
+form (a few steps on generated data) is --config configs/digits_cnn_cpt.py:smoke.
+Exit codes: 0 done, 2 a mistake in the command or config, 1 the loss diverged, 75 stopped by SIGTERM (resume it).
+"""
+
+
+def _train(arguments: list[str]) -> int:
+    from qtrain.commands import train
+
+    return train(arguments)
+
+
+def _plan(arguments: list[str]) -> int:
+    from qtrain.commands import plan
+
+    return plan(arguments)
+
+
+def _schedules(arguments: list[str]) -> int:
+    from qtrain.schedules.command import run
+
+    return run(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "plan": _plan, "schedules": _schedules}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "--helpfull", "help"):
+        print(HELP, end="")
+        return 0 if arguments else USAGE_ERROR
+    if arguments[0] in ("--version", "version"):
+        from qtrain import __version__
+
+        print(f"qtrain {__version__}")
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
+        return COMMANDS[name](rest)
+    except UsageError as error:
+        print(f"qtrain: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The AQT baseline: the same rules carried out by AQT v2 (aqtp), whose bit widths are frozen at compile time."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from qtrain.errors import UsageError
+from qtrain.inject import Rule
+from qtrain.quantizers import Contraction, Conv, Dot, Operands, Traced, Uniform
+
+
+def aqt_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """`rules` with AQT's numerics: grid ``aqt`` per channel where an operand is quantized, gradients in float.
+
+    AQT's convolution has no quantized backward pass, so none is used: the baseline quantizes the forward pass, as
+    ``config_v4(dlhs_bits=None, drhs_bits=None)`` and ``fully_quantized(bwd_bits=None)`` do.
+    """
+    grid = Uniform("aqt", per="channel")
+    return tuple(
+        dataclasses.replace(
+            rule,
+            weight_quantizer=None if rule.weight_quantizer is None else grid,
+            act_quantizer=None if rule.act_quantizer is None else grid,
+            grad_quantizer=None,
+            bias_quantizer=None,
+        )
+        for rule in rules
+    )
+
+
+def execute(op: Contraction, operands: Operands, lhs: jax.Array, rhs: jax.Array, traced: Traced) -> jax.Array:
+    """A quantized contraction by AQT: `execute` of `qtrain.quantize`.
+
+    Dots: what ``config_v4`` builds where the backward pass sees the original operands, and ``fully_quantized`` where it
+    sees the quantized ones, except that the two operands may have different widths. Convolutions: ``conv_general_dilated_make``, whose backward pass sees the quantized ones.
+
+    Raises:
+      UsageError: bits that are not Python numbers: AQT needs them before it compiles.
+    """
+    from aqt.jax.v2 import aqt_conv_general, config
+
+    if traced.lhs_bits is None or traced.rhs_bits is None:
+        return op(lhs, rhs)
+    bits = (traced.lhs_bits, traced.rhs_bits)
+    if not all(isinstance(b, int) for b in bits):
+        raise UsageError("quant.backend='aqt' freezes bit widths at compile time: give bits as Python ints")
+    lhs_bits, rhs_bits = (None if b >= 24 else b for b in bits)
+    if isinstance(op, Conv):
+        raw = config.conv_general_dilated_make(lhs.ndim - 2, lhs_bits=lhs_bits, rhs_bits=rhs_bits)
+        arguments: dict[str, Any] = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+        return aqt_conv_general.make_conv_general_dilated(raw)(lhs, rhs, **arguments)
+    assert isinstance(op, Dot)
+    dot = config.dot_general_make(
+        lhs_bits=lhs_bits, rhs_bits=rhs_bits, bwd_bits=None, use_fwd_quant=operands.residuals == "quantized"
+    )
+    return dot(lhs, rhs, op.dimension_numbers, precision=op.precision)

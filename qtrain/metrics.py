@@ -1,0 +1,68 @@
+"""What is measured while training and evaluating, as clu metrics that accumulate inside the compiled step."""
+
+# Without `from __future__ import annotations`: clu reads a collection's metrics from its annotations.
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from clu import metrics
+
+from qtrain.precision import Precision
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class OnChange(metrics.Average):
+    """Average over the steps at which the bits changed; NaN (null in the file) when they never did."""
+
+    @classmethod
+    def from_model_output(cls, values: Array, changed: Array, **_: Any) -> "OnChange":  # type: ignore[override]
+        """One step's value, counted only if `changed`."""
+        return cls(total=jnp.where(changed, values, 0.0), count=changed.astype(jnp.int32))
+
+
+def on_change(name: str) -> type[OnChange]:
+    """`OnChange` of the model output called `name`."""
+
+    @flax.struct.dataclass
+    class FromOutput(OnChange):
+        @classmethod
+        def from_model_output(cls, **outputs: Any) -> "OnChange":  # type: ignore[override]
+            return super().from_model_output(outputs[name], outputs["changed"])
+
+    return FromOutput
+
+
+@flax.struct.dataclass
+class TrainMetrics(metrics.Collection):
+    """Averages since the last row that was written.
+
+    loss, accuracy: of the training batches, at the step's precision.
+    grad_norm, update_norm: global L2 norms of the gradients (before clipping) and of what is added to the parameters.
+    grad_norm_ratio_on_change, update_norm_ratio_on_change: the norm divided by the previous step's, averaged over the
+      steps whose bits differ from the step before.
+    bits_changes: share of the steps whose bits differ from the step before.
+    """
+
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    accuracy: metrics.Average.from_output("accuracy")  # type: ignore[valid-type]
+    grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
+    update_norm: metrics.Average.from_output("update_norm")  # type: ignore[valid-type]
+    grad_norm_ratio_on_change: on_change("grad_norm_ratio")  # type: ignore[valid-type]
+    update_norm_ratio_on_change: on_change("update_norm_ratio")  # type: ignore[valid-type]
+    bits_changes: metrics.Average.from_output("bits_changed")  # type: ignore[valid-type]
+
+
+def bits_vector(precision: Precision) -> Array:
+    """Bits of weights, acts and grads as float32 [3]; 32 where a kind is not quantized."""
+    values = (precision.weights, precision.acts, precision.grads)
+    return jnp.stack([jnp.asarray(32 if value is None else value, jnp.float32) for value in values])
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+    """−log softmax(logits)[label], float32, of the labels' shape; natural logarithm."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen

@@ -1,0 +1,13 @@
+"""Reference models, in plain Flax linen: they know nothing of quantization.
+
+Every one is called as ``model.apply(variables, x, train=False)``, computes in its `dtype` and keeps its parameters in
+float32.
+"""
+
+from qtrain.models.build import MODELS, build
+from qtrain.models.cnn import CNN
+from qtrain.models.mlp import MLP
+from qtrain.models.resnet import CifarResNet
+from qtrain.models.transformer import TransformerLM
+
+__all__ = ["CNN", "MLP", "MODELS", "CifarResNet", "TransformerLM", "build"]

@@ -1,0 +1,187 @@
+"""The state of a run and the two compiled functions that read it: the train step and the evaluation step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+from qtrain import cost
+from qtrain.cost import Ops, Total
+from qtrain.inject import QuantizedModel
+from qtrain.metrics import TrainMetrics, bits_vector, cross_entropy
+from qtrain.precision import Precision
+
+Array = jax.Array
+Batch = Mapping[str, Array]
+
+
+class Previous(NamedTuple):
+    """What the step before left for the metrics across changes of precision."""
+
+    bits: Array
+    grad_norm: Array
+    update_norm: Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to go on: a pytree of arrays, donated to each step and checkpointed as it is.
+
+    Attributes:
+      step: completed steps, int32.
+      params: the model's parameters.
+      quant: learned quantizer parameters.
+      collections: the model's other variables (``batch_stats``) and ``quant_stats``.
+      opt_state: of the optimizer.
+      bitops: BitOps spent so far.
+      metrics: averages since the last written row.
+      previous: see `Previous`.
+    """
+
+    step: Array
+    params: Any
+    quant: Any
+    collections: Any
+    opt_state: Any
+    bitops: Total
+    metrics: TrainMetrics
+    previous: Previous
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The variables that `QuantizedModel.apply` takes."""
+        return {"params": self.params, "quant": self.quant, **self.collections}
+
+
+def create(qmodel: QuantizedModel, optimizer: optax.GradientTransformation, seed: int, inputs: Array) -> TrainState:
+    """The state at step 0; `inputs` gives the shape of a batch."""
+    variables = qmodel.init({"params": jax.random.key(seed), "dropout": jax.random.key(seed)}, inputs)
+    collections = {name: value for name, value in variables.items() if name not in ("params", "quant")}
+    params, quant = variables["params"], variables["quant"]
+    nothing = jnp.zeros(())
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        quant=quant,
+        collections=collections,
+        opt_state=optimizer.init({"params": params, "quant": quant}),
+        bitops=cost.zero(),
+        metrics=TrainMetrics.empty(),
+        previous=Previous(jnp.zeros((3,)), nothing, nothing),
+    )
+
+
+def inputs_and_labels(batch: Batch) -> tuple[Array, Array]:
+    """What the model takes and what it is to predict."""
+    return (batch["image"], batch["label"]) if "image" in batch else (batch["tokens"], batch["targets"])
+
+
+def make_train_step(
+    qmodel: QuantizedModel,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[Array], Precision],
+    ops: Ops,
+    log_every: int,
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
+    """The train step: ``(state, batch, key) -> (state, {"loss", "bits", "metrics"})``; pure, to be compiled once.
+
+    The schedule is evaluated inside, so that one program serves every step. `key` is the run's; it is folded with the
+    step here.
+
+    Args:
+      qmodel, optimizer: what is trained, and how.
+      schedule: step → `Precision`.
+      ops: the counted operations, priced at the step's precision and added to ``state.bitops``.
+      log_every: the averages start anew after every so many steps.
+    """
+
+    def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Any]]:
+        precision = schedule(state.step)
+        inputs, labels = inputs_and_labels(batch)
+        dropout, quant = jax.random.split(jax.random.fold_in(key, state.step))
+        rngs = {"dropout": dropout, "quant": quant}
+
+        trained = {"params": state.params, "quant": state.quant}
+
+        def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Array, Any]]:
+            logits, updated = qmodel.apply(
+                {**trained, **state.collections},
+                inputs,
+                train=True,
+                bits=precision,
+                rngs=rngs,
+                mutable=list(state.collections),
+            )
+            return cross_entropy(logits, labels).mean(), (logits, updated)
+
+        (loss, (logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        trained = optax.apply_updates(trained, updates)
+        bits = bits_vector(precision)
+        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        previous = state.previous
+        changed = (state.step > 0) & jnp.any(bits != previous.bits)
+        measured = TrainMetrics.single_from_model_output(
+            loss=loss,
+            accuracy=jnp.mean(jnp.argmax(logits, -1) == labels),
+            grad_norm_ratio=norms["grad_norm"] / jnp.maximum(previous.grad_norm, 1e-30),
+            update_norm_ratio=norms["update_norm"] / jnp.maximum(previous.update_norm, 1e-30),
+            changed=changed,
+            bits_changed=changed.astype(jnp.float32),
+            **norms,
+        )
+        fresh = state.step % log_every == 0
+        averages = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), TrainMetrics.empty(), state.metrics)
+        averages = averages.merge(measured)
+        new_state = state.replace(
+            step=state.step + 1,
+            **trained,
+            collections=dict(updated),
+            opt_state=opt_state,
+            bitops=cost.add(state.bitops, cost.bitops(ops, precision)),
+            metrics=averages,
+            previous=Previous(bits, norms["grad_norm"], norms["update_norm"]),
+        )
+        return new_state, {"loss": loss, "bits": bits, "metrics": averages}
+
+    return train_step
+
+
+def several_steps(
+    train_step: Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]],
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
+    """`train_step` over batches stacked on a leading axis, in one dispatch (``lax.scan``); outputs are stacked too.
+
+    Saves the dispatch of small steps of matmuls. Not for convolutions on a CPU, which run 9 times slower inside a scan.
+    """
+
+    def steps(state: TrainState, batches: Batch, key: Array) -> tuple[TrainState, dict[str, Any]]:
+        return jax.lax.scan(lambda carry, batch: train_step(carry, batch, key), state, batches)
+
+    return steps
+
+
+def make_eval_step(qmodel: QuantizedModel) -> Callable[[Mapping[str, Any], Batch, Precision | None], dict[str, Array]]:
+    """The evaluation step: sums of loss and of correct predictions over the examples (tokens) that `mask` keeps.
+
+    ``(variables, batch, precision) -> {"loss", "correct", "count"}``; precision None is the float model.
+    """
+
+    def eval_step(variables: Mapping[str, Any], batch: Batch, precision: Precision | None) -> dict[str, Array]:
+        inputs, labels = inputs_and_labels(batch)
+        # Evaluation is a function of the state alone: rules that round stochastically do so by one fixed key.
+        rngs = {"quant": jax.random.key(0)}
+        logits = qmodel.apply(variables, inputs, train=False, bits=precision, rngs=rngs)
+        weights = jnp.broadcast_to(batch["mask"].reshape(-1, *(1,) * (labels.ndim - 1)), labels.shape)
+        return {
+            "loss": jnp.sum(weights * cross_entropy(logits, labels)),
+            "correct": jnp.sum(weights * (jnp.argmax(logits, -1) == labels)),
+            "count": jnp.sum(weights),
+        }
+
+    return eval_step

@@ -1,0 +1,285 @@
+"""The trainer: one loop for every method."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from qtrain import cost, data, sharding, workdir
+from qtrain.checkpoint import Checkpoints
+from qtrain.evaluate import Evaluator
+from qtrain.experiment import Experiment, build
+from qtrain.progress import Progress
+from qtrain.state import TrainState, create, make_train_step, several_steps
+from qtrain.writers import MetricsWriter
+
+PROFILED_STEPS = (10, 20)
+"""The steps of a process that ``--profile`` records: after compilation, before anything grows large."""
+
+
+class Diverged(Exception):
+    """The loss is not finite."""
+
+
+class Preempted(Exception):
+    """SIGTERM: the state was saved, the run can be resumed."""
+
+
+def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool = False) -> dict[str, Any]:
+    """Train as `config` says, in the run's `folder`; resume if it holds this run already.
+
+    Args:
+      config: from a config's ``get_config()``.
+      folder: gets config.json, metrics.jsonl, TensorBoard files, checkpoints, summary.json and DONE.
+      quiet: no plan and no progress.
+      profile: write a trace of ten steps to ``folder/profile``.
+
+    Returns:
+      The summary, as in summary.json.
+
+    Raises:
+      UsageError: for a mistake in the config or the folder, before anything is compiled.
+      Diverged: when the loss is not finite; nothing is saved then.
+      Preempted: after SIGTERM, once a checkpoint is written.
+    """
+    if config.train.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
+    experiment = build(config)
+    status = workdir.prepare(folder, config.to_dict(), workdir.package_versions())
+    if status == "done":
+        return workdir.read_summary(folder)
+    if not quiet:
+        print(describe(experiment), flush=True)
+    return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile)()
+
+
+def describe(experiment: Experiment) -> str:
+    """Data, schedule, plan and cost of a run, for people."""
+    costs = experiment.cost_summary()
+    return "\n".join(
+        [
+            experiment.dataset.describe(),
+            experiment.describe_schedule(),
+            "",
+            str(experiment.plan),
+            f"{experiment.total_steps} steps; {costs['effective_bitops']:.4g} BitOps, "
+            f"{100 * costs['saving']:.1f} % fewer than {costs['static_bitops']:.4g} at constant q_max "
+            f"(float: {costs['float_bitops']:.4g})",
+            "",
+        ]
+    )
+
+
+class _Run:
+    def __init__(self, experiment: Experiment, folder: Path, mesh: Any, resume: bool, quiet: bool, profile: bool):
+        self.experiment, self.folder, self.mesh = experiment, folder, mesh
+        self.config = config = experiment.config
+        self.per_dispatch = config.train.steps_per_dispatch
+        self.profile = profile
+        self.evaluator = Evaluator(experiment, mesh.size)
+        step = make_train_step(
+            experiment.qmodel,
+            experiment.optimizer,
+            experiment.precision,
+            experiment.plan.ops,
+            config.train.log_every_steps,
+        )
+        everywhere = sharding.replicated(mesh)
+        self.step_fn = jax.jit(
+            step if self.per_dispatch == 1 else several_steps(step),
+            donate_argnums=0,
+            in_shardings=(everywhere, sharding.split(mesh, axis=int(self.per_dispatch > 1)), everywhere),
+            out_shardings=everywhere,
+        )
+        self.key = jax.random.key(config.seed)
+        self.fingerprint = data.fingerprint(experiment.dataset, config.data.batch_size, config.data.seed)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, "test_accuracy")
+        self.metadata: dict[str, Any] = {"elapsed": 0.0, "compilations": 0}
+        self.state = self._initial_state(resume)
+        self.start = int(self.state.step)
+        self.writer = MetricsWriter(folder, self.start if self.start else None, enabled=jax.process_index() == 0)
+        self.progress = Progress(
+            experiment.total_steps, self.start, elapsed_before=self.metadata["elapsed"], enabled=not quiet
+        )
+        self.evaluated: dict[str, float] = {}
+
+    def __call__(self) -> dict[str, Any]:
+        config, total = self.config, self.experiment.total_steps
+        batches = data.train_iterator(
+            self.experiment.dataset,
+            config.data.batch_size,
+            config.data.seed,
+            jax.process_index(),
+            jax.process_count(),
+            start_step=self.start,
+        )
+        pending: tuple[int, dict[str, Any]] | None = None
+        step = self.start
+        with batches, self.checkpoints, self.writer, self.progress, _sigterm() as stopped:
+            while step < total:
+                if step > self.start:
+                    if _due(step, self.experiment.eval_every):
+                        pending = self._handle(pending)
+                        self._evaluate(step)
+                    if _due(step, self.experiment.checkpoint_every):
+                        pending = self._handle(pending)
+                        self._save(step)
+                if stopped.is_set():
+                    self._handle(pending)
+                    if step > self.start or not self.start:
+                        self._save(step, wait=True)
+                    raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
+                self._profile(step)
+                self.state, out = self.step_fn(self.state, self._next(batches), self.key)
+                step += self.per_dispatch
+                # The step before is looked at only now, while this one runs.
+                self._handle(pending)
+                pending = step, out
+            self._handle(pending)
+            self._profile(total)
+            self._evaluate(total, write=self.start < total)
+            if self.start < total:
+                self._save(total, wait=True)
+            summary = self._summary()
+        workdir.finish(self.folder, summary)
+        return summary
+
+    def _initial_state(self, resume: bool) -> TrainState:
+        shape = self.experiment.inputs()
+        inputs = jnp.zeros(shape.shape, shape.dtype)
+
+        def initial() -> TrainState:
+            return create(self.experiment.qmodel, self.experiment.optimizer, self.config.seed, inputs)
+
+        everywhere = sharding.replicated(self.mesh)
+        if resume:
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(initial)
+            )
+            restored = self.checkpoints.restore_latest(abstract)
+            if restored is not None:
+                data.check_fingerprint(restored.metadata["fingerprint"], self.fingerprint)
+                self.metadata = restored.metadata
+                return restored.state
+        return jax.jit(initial, out_shardings=everywhere)()
+
+    def _next(self, batches: Iterator[dict[str, np.ndarray]]) -> Any:
+        if self.per_dispatch == 1:
+            return sharding.shard_batch(next(batches), self.mesh)
+        stack = [next(batches) for _ in range(self.per_dispatch)]
+        return sharding.shard_batch({name: np.stack([b[name] for b in stack]) for name in stack[0]}, self.mesh, axis=1)
+
+    def _handle(self, pending: tuple[int, dict[str, Any]] | None) -> None:
+        """Check, show and write what a finished dispatch left."""
+        if pending is None:
+            return
+        step, out = pending
+        losses = np.atleast_1d(np.asarray(out["loss"]))
+        bits = np.asarray(out["bits"]).reshape(-1, 3)
+        if not np.all(np.isfinite(losses)):
+            bad = int(np.argmin(np.isfinite(losses)))
+            at = step - len(losses) + bad
+            shown = "/".join(f"{b:g}" for b in bits[bad])
+            saved = self.checkpoints.all_steps()
+            raise Diverged(
+                f"loss is {losses[bad]} at step {at + 1} (batch {at}, bits {shown} of weights/acts/grads); "
+                f"last checkpoint: {saved[-1] if saved else 'none'}"
+            )
+        self.progress.update(step, loss=losses[-1], bits=bits[-1].tolist())
+        if step % self.config.train.log_every_steps == 0:
+            averages = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], out["metrics"])
+            values = {name: float(value) for name, value in averages.compute().items()}
+            updates = (step - 1) // self.config.optimizer.accumulate_steps
+            row = {
+                **values,
+                "learning_rate": float(self.experiment.learning_rate(updates)),
+                **dict(zip(("bits_weights", "bits_acts", "bits_grads"), bits[-1].tolist(), strict=True)),
+                "steps_per_second": self.progress.steps_per_second,
+            }
+            self.writer.write(step, "train", row)
+
+    def _evaluate(self, step: int, write: bool = True) -> None:
+        self.evaluated = self.evaluator(self.state)
+        if write:
+            self.writer.write(step, "eval", {**self.evaluated, "effective_bitops": cost.value(self.state.bitops)})
+
+    def _save(self, step: int, wait: bool = False) -> None:
+        self.writer.flush()
+        metadata = {
+            "fingerprint": self.fingerprint,
+            "elapsed": self.progress.elapsed,
+            "compilations": self._compilations(),
+        }
+        metrics = {"test_accuracy": self.evaluated["test_accuracy"]} if self.evaluated else None
+        self.checkpoints.save(step, self.state, metadata, metrics, wait=wait)
+
+    def _compilations(self) -> int:
+        return max(self.metadata["compilations"], self.step_fn._cache_size())
+
+    def _profile(self, step: int) -> None:
+        first, last = (self.start + n * self.per_dispatch for n in PROFILED_STEPS)
+        if self.profile and step == first:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+        elif self.profile and first < step and (step >= last or step == self.experiment.total_steps):
+            jax.block_until_ready(self.state)
+            jax.profiler.stop_trace()
+            self.profile = False
+
+    def _summary(self) -> dict[str, Any]:
+        total = self.experiment.total_steps
+        effective = cost.value(self.state.bitops)
+        static = cost.static(self.experiment.plan.ops, self.experiment.q_max, total)
+        last = self.experiment.precision(jnp.int32(total - 1))
+        bits = {name: 32 if value is None else int(value) for name, value in vars(last).items()}
+        return {
+            "steps": int(self.state.step),
+            "train_loss": float(self.state.metrics.compute()["loss"]),
+            **self.evaluated,
+            "effective_bitops": effective,
+            "static_bitops": static,
+            "saving": cost.saving(effective, static),
+            "compilations": self._compilations(),
+            "wall_seconds": round(self.progress.elapsed, 3),
+            "bits_final": bits,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+        }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets while inside; the loop looks at it between two steps."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The summary as aligned lines."""
+    width = max(map(len, summary))
+    for name, value in summary.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{name:<{width}}  {shown}")
+    sys.stdout.flush()
