@@ -101,20 +101,23 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding | None:
 
 def _target(leaf: Any) -> Any:
     """What Orbax is asked for: a sharded array where the placement is given, else a NumPy array (of one element)."""
-    if _is_key(leaf):
-        leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-    if (sharding := _sharding(leaf)) is not None:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+    stored = _as_stored(leaf)
+    if (sharding := _sharding(leaf)) is not None:  # a key's serves its data too, whose further axis it leaves whole
+        return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
+    return np.broadcast_to(np.zeros((), stored.dtype), stored.shape)
+
+
+def _as_stored(leaf: Any) -> jax.ShapeDtypeStruct:
+    abstract = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.eval_shape(jax.random.key_data, abstract) if _is_key(leaf) else abstract
 
 
 def _placed(array: Any, leaf: Any) -> Any:
     """A loaded array (None: it has no elements) as `leaf` wants it."""
     if array is None:
-        array = np.zeros(leaf.shape, leaf.dtype)
+        array = np.zeros(_as_stored(leaf).shape, _as_stored(leaf).dtype)
     if _is_key(leaf):
-        key = jax.random.wrap_key_data(jnp.asarray(array), impl=_key_implementation(leaf))
-        return key if _sharding(leaf) is None else jax.device_put(key, _sharding(leaf))
+        return jax.random.wrap_key_data(jnp.asarray(array), impl=_key_implementation(leaf))
     if isinstance(leaf, np.ndarray | np.generic) or isinstance(array, jax.Array):
         return array
     return jnp.array(array) if _sharding(leaf) is None else jax.device_put(array, _sharding(leaf))

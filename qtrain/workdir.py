@@ -90,7 +90,7 @@ def prepare(
 
     Raises:
       UsageError: `config` is not JSON; `workdir` is a file, cannot be created or written, holds something that is
-        not a run, or holds a run with another config (the differing keys are listed). Nothing has been written.
+        not a run, or holds a run with another config (the differing keys are listed). No file has been written.
 
     >>> prepare(tempfile.mkdtemp(), {"train": {"steps": 100}}, {})
     'new'

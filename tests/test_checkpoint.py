@@ -44,7 +44,11 @@ def make_state(seed: int = 0, width: int = 64) -> State:
         "codes": jnp.arange(-8, 8, dtype=jnp.int8).astype(jnp.int4),
         "mask": jnp.array([True, False]),
     }
-    rng = (jax.random.key(seed + 1), jax.random.split(jax.random.key(seed, impl="rbg"), 3))
+    rng = (
+        jax.random.key(seed + 1),
+        jax.random.split(jax.random.key(seed), 0),
+        jax.random.split(jax.random.key(seed, impl="rbg"), 3),
+    )
     return State(params, optimizer.init(params), odd, rng, jnp.int32(seed))
 
 
@@ -544,11 +548,11 @@ def test_a_failed_save_is_reported_and_does_not_block_the_next(checkpoints, monk
             checkpoints.save(2, make_state(2))
     checkpoints.save(1, make_state(1), wait=True)
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        stop_at(patch, "between the renames")
-        checkpoints.save(1, make_state(2), wait=True)
-    checkpoints.save(1, make_state(3), wait=True)
-    assert_identical(checkpoints.restore_latest(make_state()).state, make_state(3))
-    assert [path.name for path in checkpoints.directory.iterdir()] == ["1"]
+        stop_at(patch, "before the removal")
+        checkpoints.save(2, make_state(2), wait=True)
+    fill(checkpoints, [3, 4, 5])
+    assert checkpoints.all_steps() == [3, 4, 5]
+    assert_identical(checkpoints.restore_latest(make_state()).state, make_state(5))
     assert capfd.readouterr() == ("", "")
 
 

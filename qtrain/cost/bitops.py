@@ -73,7 +73,10 @@ def bitops_accumulator(ops: Ops, precision: Precisions) -> Any:
 def relative(ops: Ops, precision: Precisions, passes: Iterable[str] = PASSES) -> Any:
     """`bitops` as a share of the same products at 32 × 32 bits."""
     names = check_passes(passes)
-    return bitops(ops, precision, names) / (sum(getattr(ops, name) for name in names) * 32**2)
+    macs = sum(getattr(ops, name) for name in names)
+    if not macs:
+        raise UsageError(f"relative: the ops have no MACs in {', '.join(names)}; count a model that has dots")
+    return bitops(ops, precision, names) / (macs * 32**2)
 
 
 def breakdown(ops: Ops, precision: Precisions) -> dict[str, dict[str, Any]]:

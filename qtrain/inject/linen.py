@@ -10,7 +10,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qtrain.cost import marker
@@ -185,7 +184,7 @@ class QuantizedModel:
         streams = {name: key for name, key in rngs.items() if name != "params"} if isinstance(rngs, dict) else {}
 
         def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            bits = Precision(weights=jnp.float32(8), acts=jnp.float32(8), grads=jnp.float32(8))
+            bits = Precision(weights=8, acts=8, grads=8)  # any: the marker, not the value, says what is quantized
             return self.apply(
                 variables, *args, bits=bits, rngs={**streams, "quant": jax.random.key(0)}, mutable=True, **kwargs
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -35,12 +36,14 @@ def execute(op: Contraction, operands: Operands, lhs: jax.Array, rhs: jax.Array,
     """A quantized contraction by AQT: `execute` of `qtrain.quantize`.
 
     Dots: what ``config_v4`` builds where the backward pass sees the original operands, and ``fully_quantized`` where it
-    sees the quantized ones, except that the two operands may have different widths. Convolutions: ``conv_general_dilated_make``, whose backward pass sees the quantized ones.
+    sees the quantized ones, except that the two operands may have different widths. Convolutions: the forward pass of
+    ``conv_general_dilated_make``. AQT's own has no gradient (its codes pass through a rounding without one), so that
+    nothing before it would train; the backward pass here is the straight-through one, over the same operands as a dot's.
 
     Raises:
       UsageError: bits that are not Python numbers: AQT needs them before it compiles.
     """
-    from aqt.jax.v2 import aqt_conv_general, config
+    from aqt.jax.v2 import config
 
     if traced.lhs_bits is None or traced.rhs_bits is None:
         return op(lhs, rhs)
@@ -49,11 +52,38 @@ def execute(op: Contraction, operands: Operands, lhs: jax.Array, rhs: jax.Array,
         raise UsageError("quant.backend='aqt' freezes bit widths at compile time: give bits as Python ints")
     lhs_bits, rhs_bits = (None if b >= 24 else b for b in bits)
     if isinstance(op, Conv):
-        raw = config.conv_general_dilated_make(lhs.ndim - 2, lhs_bits=lhs_bits, rhs_bits=rhs_bits)
-        arguments: dict[str, Any] = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
-        return aqt_conv_general.make_conv_general_dilated(raw)(lhs, rhs, **arguments)
+        return _conv(op, lhs_bits, rhs_bits, operands.residuals, lhs, rhs)
     assert isinstance(op, Dot)
     dot = config.dot_general_make(
         lhs_bits=lhs_bits, rhs_bits=rhs_bits, bwd_bits=None, use_fwd_quant=operands.residuals == "quantized"
     )
     return dot(lhs, rhs, op.dimension_numbers, precision=op.precision)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _conv(
+    op: Conv, lhs_bits: int | None, rhs_bits: int | None, residuals: str, lhs: jax.Array, rhs: jax.Array
+) -> jax.Array:
+    return _conv_forward(op, lhs_bits, rhs_bits, residuals, lhs, rhs)[0]
+
+
+def _conv_forward(
+    op: Conv, lhs_bits: int | None, rhs_bits: int | None, residuals: str, lhs: jax.Array, rhs: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    from aqt.jax.v2 import aqt_conv_general, config
+
+    raw = config.conv_general_dilated_make(lhs.ndim - 2, lhs_bits=lhs_bits, rhs_bits=rhs_bits)
+    arguments: dict[str, Any] = {f.name: getattr(op, f.name) for f in dataclasses.fields(op)}
+    out, quantized = aqt_conv_general.make_conv_general_dilated_with_qt(raw)(lhs, rhs, **arguments)
+    if residuals == "original":
+        return out, (lhs, rhs)
+    return out, tuple(tensor.dequant().astype(x.dtype) for tensor, x in zip(quantized, (lhs, rhs), strict=True))
+
+
+def _conv_backward(
+    op: Conv, lhs_bits: int | None, rhs_bits: int | None, residuals: str, saved: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return jax.vjp(op, *saved)[1](g)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
