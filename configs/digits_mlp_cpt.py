@@ -1,4 +1,7 @@
-"""A two-layer perceptron on the handwritten digits under cyclic precision training: the smallest run there is."""
+"""A perceptron on the handwritten digits under cyclic precision training, CR 3-8 bits: the smallest run there is.
+
+Command: qtrain train --config configs/digits_mlp_cpt.py --workdir runs/digits_mlp
+"""
 
 from qtrain.config import base_config, finish
 

@@ -66,7 +66,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 # What `:smoke` makes of each model: seconds, not minutes.
 _SMOKE_MODELS: dict[str, dict[str, Any]] = {
-    "mlp": {"features": (16,)},
+    "mlp": {"features": (16, 16)},
     "cnn": {"features": (4, 8), "hidden": 16},
     "resnet": {"depth": 8, "width": 0.25},
     "transformer": {"num_layers": 1, "width": 16, "num_heads": 2},
@@ -97,62 +97,86 @@ def base_config(task: str) -> ConfigDict:
       UsageError: for an unknown task.
     """
     if task not in TASKS:
-        raise UsageError(f"task {task!r}: give one of {sorted(TASKS)}{did_you_mean(task, TASKS)}")
-    from qtrain.data import DEFAULTS  # imports grain, which `qtrain --help` must not wait for
-
-    every: dict[str, Any] = {"every_steps": 0, "every_epochs": 0.0, "every_percent": 0.0}
-    config = ConfigDict(
-        {
-            "seed": 0,
-            "smoke": False,
-            "data": dict(DEFAULTS),
-            "model": {"name": "", "dtype": "float32"},
-            "quant": {
-                "recipe": "default",
-                "weights": "symmetric/channel",
-                "acts": "symmetric/channel",
-                "grads": "symmetric/tensor/stochastic",
-                "ends": 8,
-                "residuals": "quantized",
-                "rules": (),
-                "backend": "qtrain",
-            },
-            "schedule": {**_schedule_keys(), **{kind: _schedule_keys() for kind in ("weights", "acts", "grads")}},
-            "optimizer": {
-                "name": "adam",
-                "learning_rate": 1e-3,
-                "schedule": "cosine",
-                "warmup_steps": 0,
-                "warmup_epochs": 0.0,
-                "warmup_percent": 0.0,
-                "final_factor": 0.0,
-                "boundaries_percent": (50, 75),
-                "decay_factor": 0.1,
-                "momentum": 0.9,
-                "nesterov": False,
-                "weight_decay": 0.0,
-                "decay": "kernels",
-                "clip_norm": 0.0,
-                "accumulate_steps": 1,
-                "options": {},
-            },
-            "train": {
-                "steps": 0,
-                "epochs": 0.0,
-                "log_every_steps": 50,
-                "steps_per_dispatch": 1,
-                "compilation_cache": "",
-            },
-            "eval": {**every, "batch_size": 360},
-            "checkpoint": {**every, "keep": 2},
-        }
-    )
+        raise UsageError(f"task {task!r}: give one of {sorted(TASKS)}.{did_you_mean(task, TASKS)}")
+    config = ConfigDict(_shared_keys())
     for section, values in TASKS[task].items():
         for key, value in values.items():
             config[section][key] = value
     config.checkpoint.every_percent = 10.0
     config.eval.every_percent = 25.0
     return config
+
+
+def _shared_keys() -> dict[str, Any]:
+    from qtrain.data import DEFAULTS  # imports grain, which `qtrain --help` must not wait for
+
+    every: dict[str, Any] = {"every_steps": 0, "every_epochs": 0.0, "every_percent": 0.0}
+    return {
+        "seed": 0,
+        "smoke": False,
+        "data": dict(DEFAULTS),
+        "model": {"name": "", "dtype": "float32"},
+        "quant": {
+            "recipe": "default",
+            "weights": "symmetric/channel",
+            "acts": "symmetric/channel",
+            "grads": "symmetric/tensor/stochastic",
+            "ends": 8,
+            "residuals": "quantized",
+            "rules": (),
+            "backend": "qtrain",
+        },
+        "schedule": {**_schedule_keys(), **{kind: _schedule_keys() for kind in ("weights", "acts", "grads")}},
+        "optimizer": {
+            "name": "adam",
+            "learning_rate": 1e-3,
+            "schedule": "cosine",
+            "warmup_steps": 0,
+            "warmup_epochs": 0.0,
+            "warmup_percent": 0.0,
+            "final_factor": 0.0,
+            "boundaries_percent": (50, 75),
+            "decay_factor": 0.1,
+            "momentum": 0.9,
+            "nesterov": False,
+            "weight_decay": 0.0,
+            "decay": "kernels",
+            "clip_norm": 0.0,
+            "accumulate_steps": 1,
+            "options": {},
+        },
+        "train": {
+            "steps": 0,
+            "epochs": 0.0,
+            "log_every_steps": 50,
+            "steps_per_dispatch": 1,
+            "compilation_cache": "",
+        },
+        "eval": {**every, "batch_size": 360},
+        "checkpoint": {**every, "keep": 2},
+    }
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Refuse a config that lacks a shared key, or has one that nothing reads; the model checks its own.
+
+    Raises:
+      UsageError: naming the key.
+    """
+    _compare(config, _shared_keys(), "")
+
+
+def _compare(config: ConfigDict, shared: dict[str, Any], prefix: str) -> None:
+    for name in config:
+        if name not in shared:
+            raise UsageError(f"{prefix}{name}: no such key; there are {', '.join(shared)}.{did_you_mean(name, shared)}")
+    for name, value in shared.items():
+        if name not in config:
+            raise UsageError(f"{prefix}{name} is missing from the config; start it from qtrain.config.base_config")
+        if isinstance(value, dict) and not isinstance(config[name], ConfigDict):
+            raise UsageError(f"{prefix}{name}={config[name]!r}: must be a section with the keys {', '.join(value)}")
+        if isinstance(value, dict) and f"{prefix}{name}" not in ("model", "optimizer.options"):
+            _compare(config[name], value, f"{prefix}{name}.")
 
 
 def _schedule_keys() -> dict[str, Any]:
@@ -177,7 +201,7 @@ def finish(config: ConfigDict, argument: str = "") -> ConfigDict:
     if argument == "smoke":
         _make_smoke(config)
     elif argument:
-        raise UsageError(f"config argument {argument!r}: the only one is 'smoke'{did_you_mean(argument, ['smoke'])}")
+        raise UsageError(f"config argument {argument!r}: the only one is 'smoke'.{did_you_mean(argument, ['smoke'])}")
     return config.lock()
 
 
@@ -188,6 +212,11 @@ def _make_smoke(config: ConfigDict) -> None:
     config.train.update(steps=6, epochs=0.0, log_every_steps=2)
     config.eval.update(every_steps=3, every_epochs=0.0, every_percent=0.0, batch_size=32)
     config.checkpoint.update(every_steps=3, every_epochs=0.0, every_percent=0.0)
+    # Lengths in steps or epochs were meant for the whole run.
+    if config.optimizer.warmup_steps or config.optimizer.warmup_epochs:
+        config.optimizer.update(warmup_steps=0, warmup_epochs=0.0, warmup_percent=20.0)
+    config.optimizer.accumulate_steps = min(config.optimizer.accumulate_steps, 2)
+    config.train.steps_per_dispatch = min(config.train.steps_per_dispatch, 2)
     for part in (config.schedule, config.schedule.weights, config.schedule.acts, config.schedule.grads):
         if part.cycles is not None:
             part.cycles = min(part.cycles, 2)

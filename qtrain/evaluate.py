@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
-from qtrain import data
+from qtrain import data, sharding
 from qtrain.experiment import Experiment
 from qtrain.precision import Precision
 from qtrain.state import TrainState, make_eval_step
@@ -18,23 +19,26 @@ class Evaluator:
 
     Args:
       experiment: what is evaluated.
-      devices: how many share a batch, whose size is rounded up to a multiple of it.
+      mesh: the devices that share a batch, whose size is rounded up to a multiple of their number.
     """
 
-    def __init__(self, experiment: Experiment, devices: int = 1):
-        self._experiment = experiment
-        self._batch_size = -(-experiment.config.eval.batch_size // devices) * devices
-        self._step = jax.jit(make_eval_step(experiment.qmodel))
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        self._experiment, self._mesh = experiment, mesh
+        self._batch_size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
+        step = make_eval_step(experiment.qmodel)
+        self._step = jax.jit(step)
         # A backend whose bits are frozen at compile time closes over them.
-        self._fixed = jax.jit(lambda variables, batch: make_eval_step(experiment.qmodel)(variables, batch, experiment.fixed))
+        self._fixed = jax.jit(lambda variables, batch: step(variables, batch, experiment.fixed))
 
     def __call__(self, state: TrainState, split: str = "test") -> dict[str, float]:
-        """``{split}_loss`` and ``{split}_accuracy`` at q_max, with ``_scheduled`` (bits of the last step), ``_float``."""
+        """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``."""
         experiment = self._experiment
-        last = jnp.maximum(state.step - 1, 0)
-        precisions = {"": experiment.q_max, "_scheduled": experiment.precision(last), "_float": None}
+        scheduled = experiment.precision_at(max(int(state.step) - 1, 0))
+        precisions = {"": experiment.q_max, "_scheduled": scheduled, "_float": None}
         totals = {suffix: {"loss": 0.0, "correct": 0.0, "count": 0.0} for suffix in precisions}
-        for batch in data.eval_batches(experiment.dataset, split, self._batch_size):
+        processes = jax.process_index(), jax.process_count()
+        for rows in data.eval_batches(experiment.dataset, split, self._batch_size, *processes):
+            batch = sharding.shard_batch(rows, self._mesh)
             sums = {suffix: self._sums(state, batch, precision) for suffix, precision in precisions.items()}
             for suffix, values in jax.device_get(sums).items():
                 for name, value in values.items():
@@ -48,4 +52,4 @@ class Evaluator:
     def _sums(self, state: TrainState, batch: Any, precision: Precision | None) -> dict[str, jax.Array]:
         if precision is not None and self._experiment.fixed is not None:
             return self._fixed(state.variables, batch)
-        return self._step(state.variables, batch, jax.tree.map(jnp.float32, precision))
+        return self._step(state.variables, batch, jax.tree.map(np.float32, precision))

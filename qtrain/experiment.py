@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from qtrain import cost, data, models, schedules
+from qtrain.config import check_keys
 from qtrain.data import Dataset
 from qtrain.durations import duration
 from qtrain.errors import UsageError, did_you_mean
@@ -57,6 +58,13 @@ class Experiment:
         """The precision of a step."""
         return self.schedule(step) if self.fixed is None else self.fixed
 
+    def precision_at(self, step: int) -> Precision:
+        """The precision of a step as Python numbers; None where a kind is not quantized."""
+        if self.fixed is not None:
+            return self.fixed
+        # Compiled whole: a schedule's operations one by one would be a dozen programs.
+        return jax.tree.map(float, jax.device_get(jax.jit(self.schedule)(step)))
+
     def inputs(self) -> jax.ShapeDtypeStruct:
         """The shape of the model's input for one training batch."""
         return _inputs(self.dataset, self.config.data.batch_size)
@@ -65,7 +73,8 @@ class Experiment:
         """The schedules, a line each."""
         parts = {"weights": self.schedule.weights, "activations": self.schedule.acts, "gradients": self.schedule.grads}
         if self.fixed is not None:
-            return f"backend aqt, static: weights {self.fixed.weights}, activations {self.fixed.acts} bits, gradients float"
+            widths = f"weights {self.fixed.weights}, activations {self.fixed.acts} bits, gradients float"
+            return f"backend aqt, static: {widths}"
         return "\n".join(f"{name:<12}{schedule}" for name, schedule in parts.items())
 
     def cost_summary(self) -> dict[str, float]:
@@ -87,7 +96,8 @@ def build(config: ConfigDict) -> Experiment:
     Raises:
       UsageError: for whatever is wrong with it, before anything is compiled or written.
     """
-    _check_choices(config)
+    check_keys(config)
+    _check_values(config)
     dataset = data.load(config.data, smoke=config.smoke)
     steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size)
     total_steps = _total_steps(config, steps_per_epoch)
@@ -107,9 +117,8 @@ def build(config: ConfigDict) -> Experiment:
     transform, learning_rate = optimizer(config.optimizer, total_steps, steps_per_epoch)
 
     def every(section: str) -> int:
-        found = duration(
-            config[section], "every", section, steps_per_epoch=steps_per_epoch, total_steps=total_steps, default=0
-        )
+        units = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
+        found = duration(config[section], "every", section, **units, default=0, at_least=1)
         return _multiple(found, config.train.steps_per_dispatch)
 
     return Experiment(
@@ -151,17 +160,21 @@ def _multiple(steps: int, per_dispatch: int) -> int:
     return -(-steps // per_dispatch) * per_dispatch
 
 
-def _check_choices(config: ConfigDict) -> None:
+def _check_values(config: ConfigDict) -> None:
     for key, value, allowed in (
         ("quant.recipe", config.quant.recipe, RECIPES),
         ("quant.backend", config.quant.backend, BACKENDS),
     ):
         if value not in allowed:
-            raise UsageError(f"{key}={value!r}: give one of {allowed}{did_you_mean(value, allowed)}")
-    if config.eval.batch_size < 1:
-        raise UsageError(f"eval.batch_size={config.eval.batch_size}: give at least 1")
-    if config.checkpoint.keep < 1:
-        raise UsageError(f"checkpoint.keep={config.checkpoint.keep}: give at least 1")
+            raise UsageError(f"{key}={value!r}: give one of {allowed}.{did_you_mean(value, allowed)}")
+    for key, value, low, high in (
+        ("seed", config.seed, 0, 2**32 - 1),
+        ("quant.ends", config.quant.ends, 1, 32),
+        ("eval.batch_size", config.eval.batch_size, 1, 2**31 - 1),
+        ("checkpoint.keep", config.checkpoint.keep, 1, 2**31 - 1),
+    ):
+        if not low <= value <= high:
+            raise UsageError(f"{key}={value}: give a whole number from {low} to {high}")
 
 
 def _rules(config: ConfigDict) -> tuple[Rule, ...]:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 from qtrain.errors import UsageError, did_you_mean
 
-USAGE_ERROR, DIVERGED, PREEMPTED = 2, 1, 75
-"""Exit codes: a mistake in what was asked; a loss that is not finite; stopped by SIGTERM, to be started again."""
+USAGE_ERROR, DIVERGED, PREEMPTED, INTERRUPTED = 2, 1, 75, 130
+"""Exit codes: a mistake in what was asked; a loss that is not finite; stopped by SIGTERM, to be resumed; by Ctrl-C."""
 
 HELP = """qtrain: what precision should each tensor have at each step of training?
 
@@ -20,7 +20,8 @@ usage: qtrain COMMAND [flags]
 
 qtrain COMMAND --help lists a command's flags. A config's values are overridden as --config.train.steps=500; its `smoke`
 form (a few steps on generated data) is --config configs/digits_cnn_cpt.py:smoke.
-Exit codes: 0 done, 2 a mistake in the command or config, 1 the loss diverged, 75 stopped by SIGTERM (resume it).
+Exit codes: 0 done, 2 a mistake in the command or config, 1 the loss diverged, 75 stopped by SIGTERM (start the same
+command again to resume), 130 by Ctrl-C (likewise, from the last checkpoint).
 """
 
 
@@ -59,11 +60,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         if name not in COMMANDS:
-            raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}")
+            near = did_you_mean(name, COMMANDS)
+            raise UsageError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}.{near}")
         return COMMANDS[name](rest)
     except UsageError as error:
         print(f"qtrain: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"qtrain: {name} interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

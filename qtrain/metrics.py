@@ -15,12 +15,13 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class OnChange(metrics.Average):
-    """Average over the steps at which the bits changed; NaN (null in the file) when they never did."""
+    """Average of the finite values at the steps whose bits changed; NaN (null in the file) when there were none."""
 
     @classmethod
-    def from_model_output(cls, values: Array, changed: Array, **_: Any) -> "OnChange":  # type: ignore[override]
-        """One step's value, counted only if `changed`."""
-        return cls(total=jnp.where(changed, values, 0.0), count=changed.astype(jnp.int32))
+    def from_model_output(cls, values: Array, changed: Array, **_: Any) -> "OnChange":
+        """One step's value, counted only if `changed` and finite."""
+        counted = changed & jnp.isfinite(values)
+        return cls(total=jnp.where(counted, values, 0.0), count=counted.astype(jnp.int32))
 
 
 def on_change(name: str) -> type[OnChange]:

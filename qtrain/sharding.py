@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -36,7 +35,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:
       UsageError: naming `key`.
     """
     if batch_size % mesh.size:
-        raise UsageError(f"{key}={batch_size}: does not divide evenly among {mesh.size} devices; give a multiple of {mesh.size}")
+        devices = f"{mesh.size} devices; give a multiple of {mesh.size}"
+        raise UsageError(f"{key}={batch_size}: does not divide evenly among {devices}")
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, jax.Array]:
@@ -45,4 +45,3 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> d
     if jax.process_count() == 1:
         return dict(jax.device_put(dict(batch), sharding))
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -88,10 +89,10 @@ def make_train_step(
     ops: Ops,
     log_every: int,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
-    """The train step: ``(state, batch, key) -> (state, {"loss", "bits", "metrics"})``; pure, to be compiled once.
+    """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", "metrics"})``; pure.
 
-    The schedule is evaluated inside, so that one program serves every step. `key` is the run's; it is folded with the
-    step here.
+    To be compiled once: the schedule is evaluated inside, so that one program serves every step. `key` is the run's; it
+    is folded with the step here.
 
     Args:
       qmodel, optimizer: what is trained, and how.
@@ -123,14 +124,14 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, trained)
         trained = optax.apply_updates(trained, updates)
         bits = bits_vector(precision)
-        norms = {"grad_norm": optax.global_norm(grads), "update_norm": optax.global_norm(updates)}
+        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         previous = state.previous
         changed = (state.step > 0) & jnp.any(bits != previous.bits)
         measured = TrainMetrics.single_from_model_output(
             loss=loss,
             accuracy=jnp.mean(jnp.argmax(logits, -1) == labels),
-            grad_norm_ratio=norms["grad_norm"] / jnp.maximum(previous.grad_norm, 1e-30),
-            update_norm_ratio=norms["update_norm"] / jnp.maximum(previous.update_norm, 1e-30),
+            grad_norm_ratio=_ratio(norms["grad_norm"], previous.grad_norm),
+            update_norm_ratio=_ratio(norms["update_norm"], previous.update_norm),
             changed=changed,
             bits_changed=changed.astype(jnp.float32),
             **norms,
@@ -138,7 +139,8 @@ def make_train_step(
         fresh = state.step % log_every == 0
         averages = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), TrainMetrics.empty(), state.metrics)
         averages = averages.merge(measured)
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             **trained,
             collections=dict(updated),
@@ -147,9 +149,14 @@ def make_train_step(
             metrics=averages,
             previous=Previous(bits, norms["grad_norm"], norms["update_norm"]),
         )
-        return new_state, {"loss": loss, "bits": bits, "metrics": averages}
+        return new_state, {"loss": loss, "grad_norm": norms["grad_norm"], "bits": bits, "metrics": averages}
 
     return train_step
+
+
+def _ratio(norm: Array, previous: Array) -> Array:
+    """NaN where there is nothing to compare: a step that only accumulates gradients updates nothing."""
+    return jnp.where((norm > 0) & (previous > 0), norm / previous, jnp.nan)
 
 
 def several_steps(

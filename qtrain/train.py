@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict
 
 from qtrain import cost, data, sharding, workdir
 from qtrain.checkpoint import Checkpoints
+from qtrain.config import check_keys
+from qtrain.errors import UsageError
 from qtrain.evaluate import Evaluator
 from qtrain.experiment import Experiment, build
 from qtrain.progress import Progress
@@ -28,7 +31,7 @@ PROFILED_STEPS = (10, 20)
 
 
 class Diverged(Exception):
-    """The loss is not finite."""
+    """The loss or its gradient is not finite."""
 
 
 class Preempted(Exception):
@@ -49,21 +52,32 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
 
     Raises:
       UsageError: for a mistake in the config or the folder, before anything is compiled.
-      Diverged: when the loss is not finite; nothing is saved then.
+      Diverged: when the loss or its gradient is not finite; no checkpoint is written of such a state.
       Preempted: after SIGTERM, once a checkpoint is written.
     """
-    if config.train.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.train.compilation_cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    check_keys(config)
     mesh = sharding.make_mesh()
     sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
     experiment = build(config)
-    status = workdir.prepare(folder, config.to_dict(), workdir.package_versions())
-    if status == "done":
-        return workdir.read_summary(folder)
-    if not quiet:
-        print(describe(experiment), flush=True)
-    return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile)()
+    if config.train.compilation_cache:
+        _keep_compilations(config.train.compilation_cache)
+    with _sigterm() as stopped:  # from here on there is something to save or to resume
+        status = workdir.prepare(folder, config.to_dict(), workdir.package_versions())
+        if status == "done":
+            return workdir.read_summary(folder)
+        if not quiet:
+            print(describe(experiment), flush=True)
+        return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile)(stopped)
+
+
+def _keep_compilations(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:  # JAX would warn at each compilation and go on without
+        reason = (error.strerror or str(error)).lower()
+        raise UsageError(f"train.compilation_cache={folder!r} cannot be created: {reason}; give a folder") from None
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def describe(experiment: Experiment) -> str:
@@ -89,7 +103,7 @@ class _Run:
         self.config = config = experiment.config
         self.per_dispatch = config.train.steps_per_dispatch
         self.profile = profile
-        self.evaluator = Evaluator(experiment, mesh.size)
+        self.evaluator = Evaluator(experiment, mesh)
         step = make_train_step(
             experiment.qmodel,
             experiment.optimizer,
@@ -115,8 +129,9 @@ class _Run:
             experiment.total_steps, self.start, elapsed_before=self.metadata["elapsed"], enabled=not quiet
         )
         self.evaluated: dict[str, float] = {}
+        self.evaluated_at = -1
 
-    def __call__(self) -> dict[str, Any]:
+    def __call__(self, stopped: threading.Event) -> dict[str, Any]:
         config, total = self.config, self.experiment.total_steps
         batches = data.train_iterator(
             self.experiment.dataset,
@@ -128,17 +143,19 @@ class _Run:
         )
         pending: tuple[int, dict[str, Any]] | None = None
         step = self.start
-        with batches, self.checkpoints, self.writer, self.progress, _sigterm() as stopped:
+        with batches, self.checkpoints, self.writer, self.progress:
             while step < total:
-                if step > self.start:
-                    if _due(step, self.experiment.eval_every):
-                        pending = self._handle(pending)
-                        self._evaluate(step)
-                    if _due(step, self.experiment.checkpoint_every):
-                        pending = self._handle(pending)
-                        self._save(step)
-                if stopped.is_set():
+                stop = stopped.is_set()
+                evaluate = step > self.start and _due(step, self.experiment.eval_every)
+                save = step > self.start and _due(step, self.experiment.checkpoint_every)
+                if evaluate or save or stop:
                     self._handle(pending)
+                    pending = None
+                if evaluate:
+                    self._evaluate(step)
+                if save:
+                    self._save(step)
+                if stop:
                     if step > self.start or not self.start:
                         self._save(step, wait=True)
                     raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
@@ -187,16 +204,18 @@ class _Run:
         if pending is None:
             return
         step, out = pending
-        losses = np.atleast_1d(np.asarray(out["loss"]))
+        losses, norms = (np.atleast_1d(np.asarray(out[name])) for name in ("loss", "grad_norm"))
         bits = np.asarray(out["bits"]).reshape(-1, 3)
-        if not np.all(np.isfinite(losses)):
-            bad = int(np.argmin(np.isfinite(losses)))
+        finite = np.isfinite(losses) & np.isfinite(norms)
+        if not np.all(finite):
+            bad = int(np.argmin(finite))
             at = step - len(losses) + bad
             shown = "/".join(f"{b:g}" for b in bits[bad])
+            self.checkpoints.wait()
             saved = self.checkpoints.all_steps()
             raise Diverged(
-                f"loss is {losses[bad]} at step {at + 1} (batch {at}, bits {shown} of weights/acts/grads); "
-                f"last checkpoint: {saved[-1] if saved else 'none'}"
+                f"loss is {losses[bad]:g}, its gradient's norm {norms[bad]:g} at step {at + 1} (batch {at}, "
+                f"bits {shown} of weights/acts/grads); last checkpoint: {saved[-1] if saved else 'none'}"
             )
         self.progress.update(step, loss=losses[-1], bits=bits[-1].tolist())
         if step % self.config.train.log_every_steps == 0:
@@ -212,7 +231,7 @@ class _Run:
             self.writer.write(step, "train", row)
 
     def _evaluate(self, step: int, write: bool = True) -> None:
-        self.evaluated = self.evaluator(self.state)
+        self.evaluated, self.evaluated_at = self.evaluator(self.state), step
         if write:
             self.writer.write(step, "eval", {**self.evaluated, "effective_bitops": cost.value(self.state.bitops)})
 
@@ -223,14 +242,18 @@ class _Run:
             "elapsed": self.progress.elapsed,
             "compilations": self._compilations(),
         }
-        metrics = {"test_accuracy": self.evaluated["test_accuracy"]} if self.evaluated else None
+        fresh = self.evaluated_at == step
+        metrics = {"test_accuracy": self.evaluated["test_accuracy"]} if fresh else None
         self.checkpoints.save(step, self.state, metadata, metrics, wait=wait)
 
     def _compilations(self) -> int:
-        return max(self.metadata["compilations"], self.step_fn._cache_size())
+        # No public function tells how many programs a jitted function has.
+        return max(self.metadata["compilations"], self.step_fn._cache_size())  # type: ignore[attr-defined]
 
     def _profile(self, step: int) -> None:
-        first, last = (self.start + n * self.per_dispatch for n in PROFILED_STEPS)
+        dispatches = (self.experiment.total_steps - self.start) // self.per_dispatch
+        skipped = min(PROFILED_STEPS[0], max(dispatches - 1, 0))  # at least the last dispatch of a short run
+        first, last = (self.start + n * self.per_dispatch for n in (skipped, PROFILED_STEPS[1]))
         if self.profile and step == first:
             jax.profiler.start_trace(str(self.folder / "profile"))
         elif self.profile and first < step and (step >= last or step == self.experiment.total_steps):
@@ -242,7 +265,7 @@ class _Run:
         total = self.experiment.total_steps
         effective = cost.value(self.state.bitops)
         static = cost.static(self.experiment.plan.ops, self.experiment.q_max, total)
-        last = self.experiment.precision(jnp.int32(total - 1))
+        last = self.experiment.precision_at(total - 1)
         bits = {name: 32 if value is None else int(value) for name, value in vars(last).items()}
         return {
             "steps": int(self.state.step),

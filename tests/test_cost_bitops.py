@@ -150,6 +150,17 @@ def test_linear_rounds_up_to_the_widths_of_hardware(left, right, units):
     assert float(traced) == 10 * units
 
 
+def test_a_backward_pass_on_the_original_operands_is_float():
+    marker = OpBits("layer", "schedule", "schedule", "schedule", residuals="original")
+    op = Op(**{**vars(layer("layer", 10)), "marker": marker})
+    for precision in (Precision(2, 3, 5), Precision(*map(jnp.float32, (2, 3, 5)))):
+        assert [float(cost.bitops(Ops([op]), precision, name)) for name in cost.PASSES] == [
+            60,
+            10 * 5 * 32,
+            10 * 5 * 32,
+        ]
+
+
 def test_accumulator():
     # UNIQ: m·n·k²·(b_a·b_w + b_a + b_w + log2(n·k²)) for m outputs, n inputs, k×k taps, at one output position.
     m, n, k, b_a, b_w = 64, 16, 3, 8, 4

@@ -14,7 +14,7 @@ MARKERS = [
     OpBits("", weights="schedule", acts="schedule", grads=8),
     OpBits("Block_0/Dense_1", weights=8, acts=None, grads="schedule"),
     OpBits("a-b/c.d/é ü/(x)/%2F;:\"'", weights=16, acts=1, grads=32),
-    OpBits("quantized-w8-a8-g8-x", weights=2, acts="schedule"),
+    OpBits("quantized-w8-a8-g8-rq-x", weights=2, acts="schedule", residuals="original"),
 ]
 
 
@@ -25,7 +25,9 @@ def test_round_trip(marker):
     assert set(name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.%~-")
 
 
-@pytest.mark.parametrize("name", ["", "Dense_0", "quantized", "quantized-w8-a8-x", "quantized-wq-a8-g8-x", "...qhd,->"])
+@pytest.mark.parametrize(
+    "name", ["", "Dense_0", "quantized", "quantized-w8-a8-rq-x", "quantized-wq-a8-g8-rq-x", "...qhd,->"]
+)
 def test_ordinary_scopes_are_not_markers(name):
     assert decode(name) is None
 

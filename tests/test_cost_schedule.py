@@ -26,7 +26,7 @@ UNIFORM = Ops(
     ]
 )
 
-# Savings against static q_max with gradients at q_max, 8 cycles: low–high, percent, and the tolerance of the digits given.
+# Percent saved against static q_max, gradients at q_max, 8 cycles; a column per range of bits.
 RANGES = [(3, 8), (3, 6), (4, 8), (4, 6), (5, 8), (5, 6)]
 SAVINGS = {
     "RR": (60.1, 50.3, 49.9, 35.6, 38.9, 19.4),

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def test_new_then_resume_then_done(tmp_path, capsys):
     stored = json.loads((folder / "config.json").read_text())
     assert stored["config"] == json.loads(json.dumps(CONFIG))
     assert stored["versions"] == VERSIONS
-    assert stored["backend"] == "cpu" and stored["device"] and stored["python"].count(".") == 2
+    assert stored["backend"] == jax.default_backend() and stored["device"] and stored["python"].count(".") == 2
     assert list(files(folder)) == ["config.json"]
     before = files(folder)
     assert prepare(str(folder), CONFIG, VERSIONS) == "resume"

@@ -20,7 +20,8 @@ def bitops(ops: Ops, precision: Precisions, passes: Iterable[str] = PASSES) -> A
 
     Per op Y = X·W with cotangent G: forward b_x·b_w, input gradient dX = G·Wᵀ b_g·b_w, weight gradient dW = Xᵀ·G
     b_x·b_g, each times that product's MACs. An operand counts the bits its marker says (fixed, or those of
-    `precision`); when nothing quantizes it, or at 24 bits and above, the bits of its dtype: 32, or 16 for bfloat16.
+    `precision`); when nothing quantizes it, or at 24 bits and above, the bits of its dtype: 32, or 16 for bfloat16. So
+    do the operands that a backward pass on the original ones sees (``residuals="original"``).
 
     Args:
         ops: from `count`.
@@ -128,6 +129,8 @@ def _products(ops: Ops, precision: Precisions, passes: tuple[str, ...]) -> dict[
         cotangent = operand_bits(op, precision, "grads", native_bits(op.output_dtype))
         if "forward" in passes:
             add(left, right, op.forward)
+        if op.marker is not None and op.marker.residuals == "original":
+            left, right = op.lhs.native_bits, op.rhs.native_bits
         for operand, other in ((op.lhs, right), (op.rhs, left)):
             name = "weight_gradient" if operand.kind == "weight" else "input_gradient"
             if operand.needs_gradient and name in passes:

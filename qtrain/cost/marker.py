@@ -10,20 +10,25 @@ from typing import Literal, TypeAlias
 Bits: TypeAlias = int | Literal["schedule"] | None
 """A whole number: fixed. ``"schedule"``: follows the `Precision` of the step. ``None``: the operand stays as it is."""
 
-_MARKER = re.compile(r"quantized-w(?P<weights>\d+|s|n)-a(?P<acts>\d+|s|n)-g(?P<grads>\d+|s|n)-(?P<path>[\w.%~-]*)")
+_MARKER = re.compile(
+    r"quantized-w(?P<weights>\d+|s|n)-a(?P<acts>\d+|s|n)-g(?P<grads>\d+|s|n)-r(?P<residuals>[qo])-(?P<path>[\w.%~-]*)"
+)
+_RESIDUALS: dict[str, Literal["quantized", "original"]] = {"q": "quantized", "o": "original"}
 
 
 @dataclasses.dataclass(frozen=True)
 class OpBits:
     """What an injected op quantizes: its module path and, per kind of operand, the bits it is quantized to.
 
-    A product of two activations uses `acts` for both of its operands.
+    A product of two activations uses `acts` for both of its operands. `residuals` says which operands the backward pass
+    multiplies the cotangent with: the ``"quantized"`` ones, or the ``"original"`` ones, which count their dtype's bits.
     """
 
     path: str
     weights: Bits = None
     acts: Bits = None
     grads: Bits = None
+    residuals: Literal["quantized", "original"] = "quantized"
 
 
 def encode(op: OpBits) -> str:
@@ -34,17 +39,18 @@ def encode(op: OpBits) -> str:
     and in profiles.
 
     >>> encode(OpBits("Block_0/Dense_1", weights=8, acts="schedule"))
-    'quantized-w8-as-gn-Block_0.Dense_1'
+    'quantized-w8-as-gn-rq-Block_0.Dense_1'
     """
     path = ".".join(urllib.parse.quote(name, safe="").replace(".", "%2E") for name in op.path.split("/"))
-    return f"quantized-w{_letter(op.weights)}-a{_letter(op.acts)}-g{_letter(op.grads)}-{path}"
+    bits = f"w{_letter(op.weights)}-a{_letter(op.acts)}-g{_letter(op.grads)}"
+    return f"quantized-{bits}-r{op.residuals[0]}-{path}"
 
 
 def decode(name: str) -> OpBits | None:
     """The `OpBits` that `encode` wrote, or ``None`` when `name` is an ordinary scope.
 
-    >>> decode("quantized-w8-as-gn-Block_0.Dense_1")
-    OpBits(path='Block_0/Dense_1', weights=8, acts='schedule', grads=None)
+    >>> decode("quantized-w8-as-gn-rq-Block_0.Dense_1")
+    OpBits(path='Block_0/Dense_1', weights=8, acts='schedule', grads=None, residuals='quantized')
     >>> decode("Dense_1") is None
     True
     """
@@ -52,7 +58,8 @@ def decode(name: str) -> OpBits | None:
     if match is None:
         return None
     path = "/".join(urllib.parse.unquote(part) for part in match["path"].split("."))
-    return OpBits(path, _bits(match["weights"]), _bits(match["acts"]), _bits(match["grads"]))
+    weights, acts, grads = (_bits(match[role]) for role in ("weights", "acts", "grads"))
+    return OpBits(path, weights, acts, grads, _RESIDUALS[match["residuals"]])
 
 
 def _letter(bits: Bits) -> str:

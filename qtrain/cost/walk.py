@@ -131,6 +131,9 @@ def _call(eqn: core.JaxprEqn, operands: list[Dependency], context: Context) -> _
         results.append(outputs)
         ops += found
     if len(results) == 1 and len(results[0]) == len(eqn.outvars):
+        if eqn.primitive.name in _CUSTOM_RULES:
+            # The rule may send the gradient to an operand that the value does not depend on: straight_through(x, q).
+            return [output._replace(gradient=joint.gradient) for output in results[0]], ops
         return results[0], ops
     return [joint] * len(eqn.outvars), ops
 

@@ -11,22 +11,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.core import DenyList
 
 from qtrain.cost import marker
 from qtrain.cost.count import count
 from qtrain.cost.ops import Ops
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.inject.plan import Plan, Row
-from qtrain.inject.rules import Rule, assign, check_rules, default_rules
-from qtrain.inject.trace import (
-    STATISTICS,
-    Contract,
-    Record,
-    Trace,
-    check_statistics,
-    op_bits,
-    unreachable_statistics,
-)
+from qtrain.inject.plan import Plan, Row, narrow
+from qtrain.inject.resolve import Memory, Resolved, abstract, kernels, resolve, signature, split_static
+from qtrain.inject.rules import Rule, default_rules
+from qtrain.inject.trace import Contract, Trace, op_bits
 from qtrain.precision import Precision
 from qtrain.quantizers import Quantizer, contract, layout, noise
 from qtrain.quantizers.base import static_bits
@@ -37,6 +31,8 @@ Bits = Precision | Mapping[str, Precision]
 # nn.jit inside a model caches by the structure of what it is given, so that a closed-over bit width would be frozen
 # there, or a tracer leak. A random stream of a name never used before changes that structure: it traces anew.
 _traces = itertools.count()
+
+_STATE = DenyList("params")  # what a training step may write to
 
 
 def quantize(
@@ -72,16 +68,6 @@ def quantize(
     return QuantizedModel(model, rules, execute)
 
 
-@dataclasses.dataclass(frozen=True)
-class Resolved:
-    """The rules resolved against a model for arguments of given shapes."""
-
-    records: Mapping[str, Record]
-    assigned: Mapping[str, int]
-    notes: Mapping[str, str]
-    modules: Mapping[str, str]
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedModel:
     """A linen module with quantizers injected into its layers; made by `quantize`.
@@ -95,7 +81,7 @@ class QuantizedModel:
     module: nn.Module
     rules: tuple[Rule, ...]
     execute: Contract = contract
-    _resolved: dict[Any, Resolved] = dataclasses.field(default_factory=dict, repr=False)
+    _memory: Memory = dataclasses.field(default_factory=Memory, init=False, repr=False)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The variables of ``module.init``, and the quantizers' own.
@@ -112,8 +98,7 @@ class QuantizedModel:
         trace = Trace(self.rules, resolved.assigned, create_statistics=True, contract=self.execute)
         with nn.intercept_methods(trace.intercept):
             variables = dict(self.module.init(_retraced(rngs), *args, **kwargs))
-        _check_kept(trace.statistics, variables.get(STATISTICS, {}))
-        return {**variables, "quant": {}}
+        return {"quant": {}, **variables}
 
     def apply(
         self,
@@ -131,30 +116,30 @@ class QuantizedModel:
           variables: as `init` gives them; a float checkpoint's collections will do when no quantizer keeps anything.
           *args: the model's own arguments, as are further keywords.
           bits: a `Precision` for every layer that follows the schedule, or ``{path: Precision}`` with one for each of
-            them. May be traced: one compilation serves all widths.
+            them. May be traced: one compilation serves all widths. ``nn.jit`` inside the model is then traced anew by
+            every call, so jit the call itself.
           rngs: as for ``module.apply``; ``rngs["quant"]`` is the key of stochastic rounding, needed only if a rule asks
             for it. Fold it with the step yourself; each layer folds it with its path.
-          mutable: as for ``module.apply``. With ``quant_stats`` among them, running ranges are updated and each tensor is
-            quantized by its own range; otherwise by the running one.
+          mutable: as for ``module.apply``. With ``quant_stats`` among them, running ranges are updated and each tensor
+            is quantized by its own range; otherwise by the running one.
           method: as for ``module.apply``.
 
         Raises:
           UsageError: for bits that are no width, a path without bits, rules that do nothing, a missing key.
         """
-        rngs, seed = _split_rngs(rngs)
         if bits is None:
             return self.module.apply(variables, *args, rngs=rngs, mutable=mutable, method=method, **kwargs)
         _check_bits(bits)
         resolved = self._resolve(variables, rngs, args, kwargs, mutable, method)
         _check_paths(bits, resolved, self.rules)
-        trace = Trace(self.rules, resolved.assigned, bits, seed, contract=self.execute)
+        trace = Trace(self.rules, resolved.assigned, bits, _seed(rngs), contract=self.execute)
         with nn.intercept_methods(trace.intercept):
             out = self.module.apply(variables, *args, rngs=_retraced(rngs), mutable=mutable, method=method, **kwargs)
-        missed = [path for path in resolved.assigned if path not in trace.records]
-        if missed:
+        astray = sorted(trace.records.keys() ^ resolved.records.keys())
+        if astray:
             raise UsageError(
-                f"layers {missed[:6]} are planned but were not reached in this trace: a transformation inside the model "
-                "(nn.jit with a restricted rngs=) replays an older one; let it lift every stream"
+                f"layers {astray[:6]} are planned but were not reached in this trace, or the reverse: a transformation "
+                "inside the model (nn.jit with a restricted rngs=) replays an older trace; let it lift every stream"
             )
         return out
 
@@ -165,68 +150,61 @@ class QuantizedModel:
 
         Args:
           *args: the model's arguments, as are further keywords.
-          rngs: a key or a dict of them for ``module.init``; by default streams params, dropout and quant exist.
+          rngs: a key or a dict of them for ``module.init``; by default streams params, dropout and quant exist, and
+            flax takes the first of these for any other.
 
         Raises:
           UsageError: for a rule that matches nothing, or none of whose matches can be quantized.
         """
-        if rngs is None:
-            key = jax.random.key(0)
+        if not isinstance(rngs, Mapping):
+            key = jax.random.key(0) if rngs is None else rngs
             rngs = {"params": key, "dropout": key}
-        abstract_args, abstract_kwargs = jax.tree.map(_abstract, (args, kwargs))
-        dynamic, rebuild = _split_static((abstract_args, abstract_kwargs))
+        abstract_args, abstract_kwargs = jax.tree.map(abstract, (args, kwargs))
+        dynamic, rebuild = split_static((abstract_args, abstract_kwargs))
 
         def initialise(dynamic: list[Any]) -> dict[str, Any]:
             inner_args, inner_kwargs = rebuild(dynamic)
             return self.init(rngs, *inner_args, **inner_kwargs)
 
         variables = jax.eval_shape(initialise, dynamic)
-        streams = {name: key for name, key in rngs.items() if name != "params"} if isinstance(rngs, dict) else {}
+
+        rngs = {**rngs, "quant": jax.random.key(0)}
 
         def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
             bits = Precision(weights=8, acts=8, grads=8)  # any: the marker, not the value, says what is quantized
-            return self.apply(
-                variables, *args, bits=bits, rngs={**streams, "quant": jax.random.key(0)}, mutable=True, **kwargs
-            )
+            return self.apply(variables, *args, bits=bits, rngs=rngs, mutable=_STATE, **kwargs)
 
         ops = count(forward, variables, *abstract_args, **abstract_kwargs)
-        resolved = self._resolve(variables, streams, abstract_args, abstract_kwargs, True)
-        return Plan(tuple(_rows(resolved, self.rules, ops)), ops)
+        method = abstract_kwargs.pop("method", None)
+        resolved = self._resolve(variables, rngs, abstract_args, abstract_kwargs, _STATE, method)
+        unused = [rule.path for index, rule in enumerate(self.rules) if index not in resolved.assigned.values()]
+        return Plan(tuple(_rows(resolved, self.rules, ops)), ops, tuple(unused))
 
     def _resolve(
         self, variables: Any, rngs: Any, args: Any, kwargs: Any, mutable: Any = True, method: Any = None
     ) -> Resolved:
         """The rules resolved for these shapes, from a trace that only writes the layers down; remembered."""
-        dynamic, rebuild = _split_static((variables, rngs, args, kwargs))
-        key = (_signature((variables, rngs, args, kwargs)), repr(mutable), method)
-        if key in self._resolved:
-            return self._resolved[key]
+        key = signature((variables, rngs, args, kwargs), repr(mutable), method)
+        known = self._memory.get(key)
+        if known is not None:
+            return known
+        dynamic, rebuild = split_static((variables, rngs, args, kwargs))
         trace = Trace()
 
-        def record(dynamic: list[Any]) -> None:
+        def record(dynamic: list[Any]) -> Any:
             inner_variables, inner_rngs, inner_args, inner_kwargs = rebuild(dynamic)
+            rngs = _retraced(inner_rngs)
             with nn.intercept_methods(trace.intercept):
                 if inner_variables is None:
-                    self.module.init(_retraced(inner_rngs), *inner_args, **inner_kwargs)
-                else:
-                    rngs = _retraced(inner_rngs)
-                    self.module.apply(
-                        inner_variables, *inner_args, rngs=rngs, mutable=mutable, method=method, **inner_kwargs
-                    )
+                    return self.module.init(rngs, *inner_args, **inner_kwargs).get("params", {})
+                self.module.apply(
+                    inner_variables, *inner_args, rngs=rngs, mutable=mutable, method=method, **inner_kwargs
+                )
 
-        jax.eval_shape(record, dynamic)
-        quantizable = {path: record.op for path, record in trace.records.items()}
-        if not quantizable:
-            raise UsageError(
-                f"{type(self.module).__name__} has no layer that can be quantized (Dense, DenseGeneral, Conv); "
-                f"its modules: {', '.join(repr(path) for path in list(trace.modules)[:6])}"
-            )
-        check_rules(self.rules, trace.modules, quantizable)
-        assigned = assign(self.rules, quantizable)
-        for path, index in assigned.items():
-            check_statistics(self.rules[index], trace.records[path])
-        resolved = Resolved(trace.records, assigned, trace.notes, trace.modules)
-        self._resolved[key] = resolved
+        created = jax.eval_shape(record, dynamic)
+        owners = kernels(created if variables is None else variables.get("params", {}))
+        resolved = resolve(self.rules, trace, owners, self._memory, initialising=variables is None)
+        self._memory.put(key, resolved)
         return resolved
 
 
@@ -274,7 +252,8 @@ def _rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops) -> list[Row]:
     for path, group in unmarked.items():
         kinds = "two activations" if all("weight" not in (op.lhs.kind, op.rhs.kind) for op in group) else "not a layer"
         note = f"not reached by the injection: {kinds}"
-        rows.append(Row(path, resolved.modules.get(path, ""), group[0].kind, marker.OpBits(path), note=note, macs=group.forward))
+        module = resolved.modules.get(path, "")
+        rows.append(Row(path, module, group[0].kind, marker.OpBits(path), note=note, macs=group.forward))
     return rows
 
 
@@ -287,7 +266,7 @@ def _note(rule: Rule, bits: marker.OpBits) -> str:
     notes = []
     if rule.position != "any":
         notes.append("first or last layer")
-    if (bits.weights, bits.acts, bits.grads) == (None, None, None):
+    if not any(map(narrow, (bits.weights, bits.acts, bits.grads))):
         notes.append("float by rule")
     if rule.residuals != "quantized":
         notes.append(f"backward sees {rule.residuals} operands")
@@ -300,20 +279,13 @@ def _describe(quantizer: Quantizer | None) -> str:
     return "float" if quantizer is None else quantizer.describe()
 
 
-def _check_kept(paths: set[str], statistics: Mapping[str, Any]) -> None:
-    for path in sorted(paths):
-        node: Any = statistics
-        for name in path.split("/") if path else ():
-            node = node.get(name) if isinstance(node, Mapping) else None
-        if not node:
-            raise UsageError(unreachable_statistics(path))
-
-
 def _check_bits(bits: Bits) -> None:
     for precision in bits.values() if isinstance(bits, Mapping) else (bits,):
         if not isinstance(precision, Precision):
             raise UsageError(f"bits={precision!r}: give a qtrain.Precision, or a mapping from layer path to one")
         for value in (precision.weights, precision.acts, precision.grads):
+            if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable:
+                value = np.asarray(value)
             if value is not None:
                 static_bits(value)
 
@@ -322,46 +294,20 @@ def _check_paths(bits: Bits, resolved: Resolved, rules: Sequence[Rule]) -> None:
     if not isinstance(bits, Mapping):
         return
     known = {path: op_bits(path, rules[index]) for path, index in resolved.assigned.items()}
+    elsewhere = {path for path in resolved.skipped if any(rule.matches(path) for rule in rules)}
     for path in bits:
-        if path not in known:
-            raise UsageError(f"bits[{path!r}]: no layer of that path is quantized{did_you_mean(path, known)}")
+        if path not in known and path not in elsewhere:
+            raise UsageError(f"bits[{path!r}]: no layer of that path is quantized.{did_you_mean(path, known)}")
     followers = [path for path, b in known.items() if "schedule" in (b.weights, b.acts, b.grads)]
     missing = [path for path in followers if path not in bits]
     if missing:
         raise UsageError(f"bits has no entry for {missing[:6]}, which follow the schedule; give a Precision for each")
 
 
-def _split_rngs(rngs: Any) -> tuple[Any, Array | None]:
-    if not isinstance(rngs, Mapping) or "quant" not in rngs:
-        return rngs, None
-    return {name: key for name, key in rngs.items() if name != "quant"}, noise.seed(rngs["quant"])
+def _seed(rngs: Any) -> Array | None:
+    return noise.seed(rngs["quant"]) if isinstance(rngs, Mapping) and "quant" in rngs else None
 
 
 def _retraced(rngs: Any) -> dict[str, Any]:
     streams = dict(rngs) if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs}
     return {**streams, f"quant_trace_{next(_traces)}": jax.random.key(0)}
-
-
-def _is_array(x: Any) -> bool:
-    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-
-
-def _abstract(x: Any) -> Any:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x
-
-
-def _split_static(tree: Any) -> tuple[list[Any], Any]:
-    """The arrays of `tree`, abstract, and a function that puts arrays back among the rest."""
-    leaves, treedef = jax.tree.flatten(tree)
-    dynamic = [_abstract(leaf) for leaf in leaves if _is_array(leaf)]
-
-    def rebuild(arrays: Sequence[Any]) -> Any:
-        remaining = iter(arrays)
-        return treedef.unflatten([next(remaining) if _is_array(leaf) else leaf for leaf in leaves])
-
-    return dynamic, rebuild
-
-
-def _signature(tree: Any) -> Any:
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((x.shape, str(x.dtype)) if _is_array(x) else repr(x) for x in leaves)

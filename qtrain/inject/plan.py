@@ -9,6 +9,7 @@ from typing import Any
 
 from qtrain.cost.marker import OpBits
 from qtrain.cost.ops import Ops
+from qtrain.quantizers import FLOAT_BITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Row:
     @property
     def quantized(self) -> bool:
         """Whether any operand is quantized."""
-        return any(bits is not None for bits in (self.bits.weights, self.bits.acts, self.bits.grads))
+        return any(map(narrow, (self.bits.weights, self.bits.acts, self.bits.grads)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,13 @@ class Plan:
     """The resolved plan of a model for arguments of given shapes.
 
     Iterating gives its rows, in order of execution; ``str(plan)`` is a readable table; `ops` are the counted operations
-    that `qtrain.cost` prices.
+    that `qtrain.cost` prices; `unused` are the paths of rules that are never used, because earlier ones cover all that
+    they match.
     """
 
     rows: tuple[Row, ...]
     ops: Ops
+    unused: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -78,7 +81,7 @@ class Plan:
     @property
     def coverage(self) -> float:
         """Share of the forward multiply-accumulates whose operands are both quantized."""
-        covered = sum(row.macs for row in self.rows if row.bits.weights is not None and row.bits.acts is not None)
+        covered = sum(row.macs for row in self.rows if narrow(row.bits.weights) and narrow(row.bits.acts))
         return covered / max(self.macs, 1)
 
     @property
@@ -115,19 +118,25 @@ class Plan:
         right = {5, 6}
 
         def line(cells: tuple[str, ...]) -> str:
-            padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-            return "  ".join(padded).rstrip()
+            columns = enumerate(zip(cells, widths, strict=True))
+            return "  ".join(cell.rjust(w) if i in right else cell.ljust(w) for i, (cell, w) in columns).rstrip()
 
         rule = "  ".join("-" * width for width in widths)
         summary = f"{100 * self.coverage:.1f} % of {self.macs:,} forward MACs have both operands quantized"
-        return "\n".join([line(header), rule, *map(line, body), summary])
+        unused = [f"rule path={path!r} is never used: earlier rules cover what it matches" for path in self.unused]
+        return "\n".join([line(header), rule, *map(line, body), summary, *unused])
 
     def dumps(self) -> str:
         """The rows as JSON text."""
         return json.dumps(self.to_json(), indent=1)
 
 
+def narrow(bits: int | str | None) -> bool:
+    """Whether an operand with such bits in a plan is ever quantized: fixed ones of 24 and above leave it in float."""
+    return bits == "schedule" or (isinstance(bits, int) and bits < FLOAT_BITS)
+
+
 def _cell(quantizer: str, bits: int | str | None) -> str:
-    if bits is None:
+    if not narrow(bits):
         return "float"
     return f"{quantizer} @ {bits}" if bits == "schedule" else f"{quantizer} @ {bits} fixed"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.quantizers import RESIDUALS, Quantizer, Uniform
@@ -14,6 +14,8 @@ from qtrain.quantizers.base import static_bits
 OPS = ("dot", "conv")
 POSITIONS = ("any", "first", "last", "ends")
 EXECUTIONS = ("fake",)
+
+_DEFAULT = Uniform("symmetric", per="channel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Rule:
     """Fixed bits of the input; None follows the schedule."""
     grads: int | None = None
     """Fixed bits of the output's cotangent; None follows the schedule."""
-    weight_quantizer: Quantizer | None = Uniform("symmetric", per="channel")
+    weight_quantizer: Quantizer | None = _DEFAULT
     """Quantizer of the kernel."""
-    act_quantizer: Quantizer | None = Uniform("symmetric", per="channel")
+    act_quantizer: Quantizer | None = _DEFAULT
     """Quantizer of the input."""
     grad_quantizer: Quantizer | None = None
     """Quantizer of the cotangent of the layer's product, which feeds input and weight gradient alike."""
@@ -45,7 +47,7 @@ class Rule:
     """Quantizer of the bias, at the bits of the weights."""
     ops: tuple[str, ...] = OPS
     """The operations it applies to: of "dot" (Dense, DenseGeneral) and "conv" (Conv)."""
-    residuals: str = "quantized"
+    residuals: Literal["quantized", "original"] = "quantized"
     """What the backward pass multiplies with: the "quantized" operands, or the "original" ones."""
     execution: str = "fake"
     """"fake": float arithmetic on quantized values."""
@@ -62,7 +64,12 @@ class Rule:
                 object.__setattr__(self, name, _fixed_bits(self.path, name, getattr(self, name)))
         for name in ("weight_quantizer", "act_quantizer", "grad_quantizer", "bias_quantizer"):
             if not isinstance(getattr(self, name), Quantizer | None):
-                raise UsageError(f"rule {self.path!r}: {name}={getattr(self, name)!r} is not a quantizer; give one of qtrain.quantizers, or None")
+                raise UsageError(
+                    f"rule {self.path!r}: {name}={getattr(self, name)!r} is not a quantizer; give one of "
+                    "qtrain.quantizers, or None"
+                )
+        if not isinstance(self.ops, str | Sequence):
+            raise UsageError(f"rule {self.path!r}: ops={self.ops!r}; give a tuple of {OPS}")
         ops = (self.ops,) if isinstance(self.ops, str) else tuple(self.ops)
         object.__setattr__(self, "ops", ops)
         for op in ops:
@@ -78,8 +85,8 @@ class Rule:
 
 def default_rules(
     *,
-    weight_quantizer: Quantizer | None = Uniform("symmetric", per="channel"),
-    act_quantizer: Quantizer | None = Uniform("symmetric", per="channel"),
+    weight_quantizer: Quantizer | None = _DEFAULT,
+    act_quantizer: Quantizer | None = _DEFAULT,
     grad_quantizer: Quantizer | None = None,
     ends: int = 8,
 ) -> tuple[Rule, ...]:
@@ -99,6 +106,8 @@ def default_rules(
 def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
     """A quantizer from a config's value: None, ``"grid/per/rounding"``, or a mapping of `Uniform`'s fields.
 
+    ``"none"`` is None too: the command line can give a key that holds a string nothing else.
+
     >>> quantizer_from_config("affine/tensor", "quant.rules[0].act_quantizer").describe()
     'affine/tensor'
 
@@ -107,30 +116,44 @@ def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
     """
     if spec is None or isinstance(spec, Quantizer):
         return spec
+    if isinstance(spec, str) and spec.lower() == "none":
+        return None
     if isinstance(spec, str):
-        spec = dict(zip(("grid", "per", "rounding"), spec.split("/"), strict=False))
+        words = spec.split("/")
+        if len(words) > 3:
+            raise UsageError(f"{key}={spec!r}: give 'grid/per/rounding', each but the first optional")
+        spec = dict(zip(("grid", "per", "rounding"), words, strict=False))
+        if spec.get("per", "").isdecimal():
+            spec["per"] = int(spec["per"])
     if hasattr(spec, "to_dict"):
         spec = spec.to_dict()
     if not isinstance(spec, Mapping):
-        raise UsageError(f"{key}={spec!r}: give 'grid/per/rounding' such as 'affine/tensor', a mapping of Uniform's fields, or None")
+        raise UsageError(
+            f"{key}={spec!r}: give 'grid/per/rounding' such as 'affine/tensor', a mapping of Uniform's fields, or None"
+        )
     fields = {field.name for field in dataclasses.fields(Uniform)}
     for name in spec:
         if name not in fields:
-            raise UsageError(f"{key}.{name}: Uniform has no such field; it takes {sorted(fields)}{did_you_mean(name, fields)}")
+            raise UsageError(
+                f"{key}.{name}: Uniform has no such field; it takes {sorted(fields)}{did_you_mean(name, fields)}"
+            )
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()}
     try:
-        return Uniform(**{name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()})
-    except UsageError as error:
+        return Uniform(**values)
+    except (UsageError, TypeError) as error:
         raise UsageError(f"{key}.{error}") from None
 
 
-def rules_from_config(specs: Sequence[Mapping[str, Any]], key: str = "quant.rules") -> tuple[Rule, ...]:
+def rules_from_config(specs: Sequence[Rule | Mapping[str, Any]], key: str = "quant.rules") -> tuple[Rule, ...]:
     """Rules from a config: a sequence of mappings of `Rule`'s fields, quantizers as `quantizer_from_config` takes them.
 
     Raises:
       UsageError: naming the rule by its index.
     """
+    if isinstance(specs, str | Mapping) or not isinstance(specs, Iterable):
+        raise UsageError(f"{key}={specs!r}: give a sequence of mappings, one a rule")
     fields = {field.name for field in dataclasses.fields(Rule)}
-    rules = []
+    rules: list[Rule] = []
     for index, spec in enumerate(specs):
         if isinstance(spec, Rule):
             rules.append(spec)
@@ -142,53 +165,81 @@ def rules_from_config(specs: Sequence[Mapping[str, Any]], key: str = "quant.rule
         values: dict[str, Any] = {}
         for name, value in spec.items():
             if name not in fields:
-                raise UsageError(f"{here}.{name}: a rule has no such field; it takes {sorted(fields)}{did_you_mean(name, fields)}")
+                raise UsageError(
+                    f"{here}.{name}: a rule has no such field; it takes {sorted(fields)}{did_you_mean(name, fields)}"
+                )
             values[name] = quantizer_from_config(value, f"{here}.{name}") if name.endswith("_quantizer") else value
-        rules.append(Rule(**values))
+        try:
+            rules.append(Rule(**values))
+        except UsageError as error:
+            raise UsageError(f"{here}: {error}") from None
     if not rules:
-        raise UsageError(f"{key} is empty: give at least one rule, or 'default'")
+        raise UsageError(f"{key} is empty: give at least one rule")
     return tuple(rules)
 
 
-def check_rules(rules: Sequence[Rule], modules: Iterable[str], quantizable: Mapping[str, str]) -> None:
+def check_rules(
+    rules: Sequence[Rule],
+    modules: Iterable[str],
+    quantizable: Mapping[str, str],
+    order: Sequence[str] | None = None,
+    skipped: Collection[str] = (),
+) -> None:
     """Refuse rules that do nothing.
 
     Args:
       rules: in order.
       modules: every module path of the model.
       quantizable: path → operation of those that can be quantized.
+      order: the quantizable paths of a whole pass, which say what is first and last; by default those given.
+      skipped: paths that this pass does not reach, so that nothing is known about them: a rule that matches one stands.
 
     Raises:
-      UsageError: for a rule that matches no module, or none of whose matches can be quantized.
+      UsageError: for a rule that matches no module, none of whose matches can be quantized, or none of whose matches is
+        where it wants them.
     """
     modules = list(modules)
+    where = _positions(list(quantizable) if order is None else order)
     for rule in rules:
+        if any(rule.matches(path) for path in skipped):
+            continue
         matched = [path for path in modules if rule.matches(path)]
+        listed = ", ".join(repr(path) for path in list(quantizable)[:6])
         if not matched:
             near = did_you_mean(rule.path, modules)
-            listed = ", ".join(repr(path) for path in list(quantizable)[:6])
             raise UsageError(f"rule path={rule.path!r} matches no module; quantizable are {listed}{near}")
-        if not any(quantizable.get(path) in rule.ops for path in matched):
-            listed = ", ".join(repr(path) for path in matched[:6])
+        fitting = [path for path in matched if quantizable.get(path) in rule.ops]
+        if not fitting:
             near = did_you_mean(matched[0], quantizable)
             raise UsageError(
-                f"rule path={rule.path!r} (ops={rule.ops}) matches only what cannot be quantized ({listed}); "
-                f"quantizable are {', '.join(repr(path) for path in list(quantizable)[:6])}{near}"
+                f"rule path={rule.path!r} (ops={rule.ops}) matches only what cannot be quantized "
+                f"({', '.join(repr(path) for path in matched[:6])}); quantizable are {listed}{near}"
+            )
+        if rule.position != "any" and where[rule.position] <= set(modules) and not where[rule.position] & set(fitting):
+            raise UsageError(
+                f"rule path={rule.path!r} (ops={rule.ops}) has position={rule.position!r}, which is "
+                f"{' and '.join(repr(path) for path in sorted(where[rule.position]))} and not among what it matches"
             )
 
 
-def assign(rules: Sequence[Rule], quantizable: Mapping[str, str]) -> dict[str, int]:
-    """Path → index of its rule, for every quantizable path (in order of execution) that a rule covers."""
-    paths = list(quantizable)
-    where = {"any": set(paths), "first": set(paths[:1]), "last": set(paths[-1:])}
-    where["ends"] = where["first"] | where["last"]
+def assign(rules: Sequence[Rule], quantizable: Mapping[str, str], order: Sequence[str] | None = None) -> dict[str, int]:
+    """Path → index of its rule, for every quantizable path (in order of execution) that a rule covers.
+
+    `order`: as for `check_rules`.
+    """
+    where = _positions(list(quantizable) if order is None else order)
     assigned = {}
     for path, op in quantizable.items():
         for index, rule in enumerate(rules):
-            if rule.matches(path) and op in rule.ops and path in where[rule.position]:
+            if rule.matches(path) and op in rule.ops and (rule.position == "any" or path in where[rule.position]):
                 assigned[path] = index
                 break
     return assigned
+
+
+def _positions(order: Sequence[str]) -> dict[str, set[str]]:
+    first, last = set(order[:1]), set(order[-1:])
+    return {"first": first, "last": last, "ends": first | last}
 
 
 def _fixed_bits(path: str, name: str, value: Any) -> int:
@@ -197,7 +248,10 @@ def _fixed_bits(path: str, name: str, value: Any) -> int:
     except UsageError:
         number = None
     if number is None:
-        raise UsageError(f"rule {path!r}: {name}={value!r} is not a width; give a whole number of at least 1, or None to follow the schedule")
+        raise UsageError(
+            f"rule {path!r}: {name}={value!r} is not a width; give a whole number of at least 1, or None to follow the "
+            "schedule"
+        )
     return number
 
 

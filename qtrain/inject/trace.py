@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.core
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,6 +32,24 @@ _LAYERS: dict[type, tuple[str, str]] = {
     nn.Conv: ("conv", "conv_general_dilated"),
 }
 _NOT_REACHED = (nn.ConvTranspose, nn.ConvLocal, nn.Einsum, nn.Embed, nn.OptimizedLSTMCell)
+
+
+class _Unrepeated:
+    """A value that hashes anew each time.
+
+    ``nn.jit`` inside a model replays the trace of any module of equal fields, whatever its path, and with it the bits
+    and rules that were closed over. It compares hashes of the module's fields and of its scope's flags: with this among
+    them, no two are equal.
+    """
+
+    _count = itertools.count()
+
+    def __hash__(self) -> int:
+        return next(self._count)
+
+
+_FLAG = "quant_trace"
+_PHANTOM = ("setup", "<lambda>")  # linen also calls these on a clone that checks a setup, whose path is not the model's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,34 +85,40 @@ class Trace:
     records: dict[str, Record] = dataclasses.field(default_factory=dict)
     modules: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
-    statistics: set[str] = dataclasses.field(default_factory=set)
 
     def intercept(self, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        """The linen interceptor: a supported layer is cloned onto its own scope with another contraction."""
-        module = context.module
-        if context.method_name != "__call__" or module.scope is None:
+        """The linen interceptor: for the time of its call, a supported layer has another contraction."""
+        module, scope = context.module, context.module.scope
+        if scope is None:
+            return call(*args, **kwargs)
+        if not scope.has_flag(_FLAG):
+            _never_replay(module)
+        if context.method_name in _PHANTOM:
             return call(*args, **kwargs)
         path = "/".join(module.path)
         self.modules.setdefault(path, type(module).__name__)
         found = next((spec for kind, spec in _LAYERS.items() if isinstance(module, kind)), None)
-        if found is None:
+        if context.method_name != "__call__" or found is None:
             if isinstance(module, _NOT_REACHED):
                 self.notes[path] = f"{type(module).__name__} is not reached by the injection"
             return call(*args, **kwargs)
         op, field = found
         own = getattr(module, field), getattr(module, f"{field}_cls")
-        if any(isinstance(function, _Injected) for function in own):
-            return call(*args, **kwargs)
+        injected = next((function for function in own if isinstance(function, _Injected)), None)
+        if injected is not None:
+            # A subclass's super().__call__, perhaps inside a transformation, where the scope is another.
+            with injected.within(scope):
+                return call(*args, **kwargs)
         if any(function is not None for function in own):
             self.notes[path] = f"sets a {field} of its own"
             return call(*args, **kwargs)
-        injected = _Injected(self, module, path, op)
+        injected = _Injected(self, scope, path, type(module).__name__, op)
         fields: dict[str, Any] = {field: injected}
         rule = injected.rule
         if self.bits is not None and rule is not None and rule.bias_quantizer is not None:
             fields["promote_dtype"] = injected.promote_with_bias(module.promote_dtype)
-        clone = module.clone(parent=module.scope, **fields)
-        return type(clone).__call__(clone, *args, **kwargs)
+        with _replaced(module, fields):
+            return call(*args, **kwargs)
 
     def rule(self, path: str) -> Rule | None:
         """The rule of a path, or None."""
@@ -107,29 +134,33 @@ class Trace:
 class _Injected:
     """The function a cloned layer calls in place of ``lax.dot_general`` or ``lax.conv_general_dilated``."""
 
-    def __init__(self, trace: Trace, module: nn.Module, path: str, op: str) -> None:
-        self.trace, self.module, self.path, self.op = trace, module, path, op
+    def __init__(self, trace: Trace, scope: flax.core.Scope, path: str, module: str, op: str) -> None:
+        self.trace, self.scope, self.path, self.module, self.op = trace, scope, path, module, op
         self.rule = trace.rule(path)
+
+    @contextlib.contextmanager
+    def within(self, scope: flax.core.Scope) -> Iterator[None]:
+        """Reads and writes running ranges in `scope`: outside a transformation they would leak its tracers."""
+        outer, self.scope = self.scope, scope
+        try:
+            yield
+        finally:
+            self.scope = outer
 
     def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
         op = _dot(*args, **kwargs) if self.op == "dot" else _conv(*args, **kwargs)
         trace, path, rule = self.trace, self.path, self.rule
         contracted = op.contracted
-        trace.records.setdefault(
-            path, Record(path, type(self.module).__name__, self.op, _shape(lhs), _shape(rhs), contracted)
-        )
+        trace.records.setdefault(path, Record(path, self.module, self.op, _shape(lhs), _shape(rhs), contracted))
         if rule is not None and trace.create_statistics:
             self._statistics("acts", rule.act_quantizer, lhs, contracted[0])
             self._statistics("weights", rule.weight_quantizer, rhs, contracted[1])
         if rule is None or trace.bits is None:
             return op(lhs, rhs)
         bits = effective_bits(rule, trace.precision(path))
-        seed = trace.seed
-        if seed is not None:
-            seed = noise.fold(seed, path)
-        elif any(q is not None and q.stochastic for q in (rule.act_quantizer, rule.weight_quantizer, rule.grad_quantizer)):
-            raise UsageError(f"layer {path!r} rounds stochastically and has no key: pass rngs={{'quant': key}} to apply")
         operands = Operands(rule.act_quantizer, rule.weight_quantizer, rule.grad_quantizer, rule.residuals)
+        used = ((operands.lhs, bits.acts), (operands.rhs, bits.weights), (operands.grad, bits.grads))
+        seed = self._seed(path, any(q is not None and b is not None and q.stochastic for q, b in used))
         traced = Traced(
             lhs_bits=bits.acts,
             rhs_bits=bits.weights,
@@ -152,21 +183,27 @@ class _Injected:
         def promoted(inputs: Array, kernel: Array, bias: Array | None, **kwargs: Any) -> tuple[Any, ...]:
             inputs, kernel, bias = promote(inputs, kernel, bias, **kwargs)
             if bias is not None and bits is not None:
-                key = None if self.trace.seed is None else noise.fold(self.trace.seed, f"{self.path}/bias")
-                bias = quantizer(bias, bits, key=key)
+                bias = quantizer(bias, bits, key=self._seed(f"{self.path}/bias", quantizer.stochastic))
             return inputs, kernel, bias
 
         return promoted
+
+    def _seed(self, name: str, needed: bool) -> Array | None:
+        if self.trace.seed is not None:
+            return noise.fold(self.trace.seed, name)
+        if needed:
+            raise UsageError(
+                f"layer {self.path!r} rounds stochastically and has no key: pass rngs={{'quant': key}} to apply"
+            )
+        return None
 
     def _statistics(self, name: str, quantizer: Quantizer | None, x: Array, axes: tuple[int, ...]) -> Any:
         """The running range to quantize `x` with, or None for its own range; updates it where it may."""
         momentum = None if quantizer is None else quantizer.ema
         if quantizer is None or momentum is None:
             return None
-        scope = self.module.scope
-        assert scope is not None
+        scope = self.scope
         own = quantizer.range(x, axes=axes)  # type: ignore[attr-defined]
-        self.trace.statistics.add(self.path)
         if not scope.has_variable(STATISTICS, name):
             if self.trace.create_statistics and scope.is_mutable_collection(STATISTICS):
                 zeros = jax.tree.map(jnp.zeros_like, own)
@@ -184,11 +221,48 @@ class _Injected:
         return None
 
 
+def _never_replay(module: nn.Module) -> None:
+    """Makes ``nn.jit`` trace what lies below `module` for each call: submodules inherit the flags of its scope.
+
+    Those that it was given as fields have their scopes already.
+    """
+    for found in _modules(module):
+        if isinstance(found.scope, flax.core.Scope) and not found.scope.has_flag(_FLAG):
+            found.scope.flags = flax.core.freeze({**found.scope.flags, _FLAG: _Unrepeated()})
+
+
+def _modules(value: Any) -> Iterator[nn.Module]:
+    """The modules in a value, and in the fields of those."""
+    if isinstance(value, nn.Module):
+        yield value
+        value = [getattr(value, field.name, None) for field in dataclasses.fields(value) if field.name != "parent"]
+    if isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _modules(item)
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, fields: Mapping[str, Any]) -> Iterator[None]:
+    """`module` with other fields; it is ours, since linen binds a clone of what the user made.
+
+    Not a clone of our own: that would run a subclass's ``setup`` twice, and capture its intermediates twice.
+    """
+    before = {name: getattr(module, name) for name in fields}
+    try:
+        for name, value in fields.items():
+            object.__setattr__(module, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            object.__setattr__(module, name, value)
+
+
 def unreachable_statistics(path: str) -> str:
     """The message for a layer whose running ranges cannot be kept."""
     return (
-        f"layer {path!r} keeps running ranges (statistics=), but collection {STATISTICS!r} does not reach it: initialise "
-        f"with qmodel.init; inside nn.scan or nn.vmap add variable_axes={{{STATISTICS!r}: 0}}, or use statistics=None"
+        f"layer {path!r} keeps running ranges (statistics=), but collection {STATISTICS!r} does not reach it: "
+        f"initialise with qmodel.init; inside nn.scan or nn.vmap add variable_axes={{{STATISTICS!r}: 0}}, or use "
+        "statistics=None"
     )
 
 
@@ -207,8 +281,9 @@ def effective_bits(rule: Rule, precision: Precision) -> Precision:
 
 def op_bits(path: str, rule: Rule) -> marker.OpBits:
     """The marker of a layer under its rule."""
-    follow = effective_bits(dataclasses.replace(rule, bias_quantizer=None), Precision("schedule", "schedule", "schedule"))
-    return marker.OpBits(path, follow.weights, follow.acts, follow.grads)
+    without_bias = dataclasses.replace(rule, bias_quantizer=None)
+    follow = effective_bits(without_bias, Precision("schedule", "schedule", "schedule"))
+    return marker.OpBits(path, follow.weights, follow.acts, follow.grads, rule.residuals)
 
 
 def check_statistics(rule: Rule, record: Record) -> None:

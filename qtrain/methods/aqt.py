@@ -38,7 +38,7 @@ def execute(op: Contraction, operands: Operands, lhs: jax.Array, rhs: jax.Array,
     Dots: what ``config_v4`` builds where the backward pass sees the original operands, and ``fully_quantized`` where it
     sees the quantized ones, except that the two operands may have different widths. Convolutions: the forward pass of
     ``conv_general_dilated_make``. AQT's own has no gradient (its codes pass through a rounding without one), so that
-    nothing before it would train; the backward pass here is the straight-through one, over the same operands as a dot's.
+    nothing before it would train; the backward pass here is the straight-through one, over the operands a dot's has.
 
     Raises:
       UsageError: bits that are not Python numbers: AQT needs them before it compiles.
@@ -81,7 +81,12 @@ def _conv_forward(
 
 
 def _conv_backward(
-    op: Conv, lhs_bits: int | None, rhs_bits: int | None, residuals: str, saved: tuple[jax.Array, jax.Array], g: jax.Array
+    op: Conv,
+    lhs_bits: int | None,
+    rhs_bits: int | None,
+    residuals: str,
+    saved: tuple[jax.Array, jax.Array],
+    g: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     return jax.vjp(op, *saved)[1](g)
 

@@ -13,7 +13,7 @@ def cpt_rules() -> tuple[Rule, ...]:
     """The authors' quantizers on every layer but the last, as in their CIFAR networks.
 
     x̂ = round(clip((x − min)/s, 0, 2^b − 1))·s + min with s = (max − min)/(2^b − 1): weights per output channel,
-    activations per tensor (a running min and max, momentum 0.9, serves evaluation), the cotangent of each layer's output
+    activations per tensor (a running min and max, momentum 0.9, serves evaluation), the cotangent of a layer's output
     per tensor with stochastic rounding, the same for input and weight gradient. No mask in the straight-through
     gradient. The final dense layer stays in float, as do norms and biases. Their floor under s, 1e-8, is not kept: it
     would flatten small gradients (see `Uniform`).

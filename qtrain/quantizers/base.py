@@ -53,7 +53,7 @@ class Quantizer(abc.ABC):
           x: any shape, float32 or bfloat16; the result has the same.
           bits: whole number of bits, a Python number or an array that broadcasts against the scale; may be traced.
           params: what the quantizer keeps between calls (a calibrated range, learned scales); None for none.
-          key: PRNG key, or a uint32 [2] seed of `qtrain.quantizers.noise`.
+          key: PRNG key (typed, or the older uint32 pair), or a uint32 [2] seed of `qtrain.quantizers.noise`.
           axes: the axes of `x` that are contracted by the operation it feeds.
         """
 
@@ -70,17 +70,18 @@ def static_bits(bits: Any) -> int | None:
     """
     if isinstance(bits, jax.Array):
         return None
+    message = f"bits: {bits!r} is not a width; give a whole number of at least 1 (24 and above: float)"
     try:
-        if isinstance(bits, bool):
+        if isinstance(bits, bool | np.bool_ | str | bytes):
             raise TypeError
         if isinstance(bits, np.ndarray) and bits.ndim:
             check_bits_array(bits)
             return None
         number = int(bits) if float(bits) == int(bits) else operator.index(bits)
     except (TypeError, ValueError, OverflowError):
-        raise UsageError(f"bits: {bits!r} is not a width; give a whole number of at least 1 (24 and above: float)") from None
+        raise UsageError(message) from None
     if number < 1:
-        raise UsageError(f"bits: {bits!r} is not a width; give a whole number of at least 1 (24 and above: float)")
+        raise UsageError(message)
     return number
 
 
@@ -90,38 +91,27 @@ def check_bits_array(bits: np.ndarray) -> None:
         raise UsageError("bits: an entry is not a whole number of at least 1")
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def straight_through(x: Array, quantized: Array) -> Array:
-    """`quantized`; its gradient goes to `x` unchanged (Bengio et al. 2013): ∂/∂x = 1 everywhere."""
+    """`quantized`; its derivative is that of `x` (Bengio et al. 2013): ∂/∂x = 1 everywhere, in every order and mode."""
     return quantized
 
 
-def _straight_through_forward(x: Array, quantized: Array) -> tuple[Array, None]:
-    return quantized, None
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return straight_through(*primals), tangents[0]
 
 
-def _straight_through_backward(_: None, g: Array) -> tuple[Array, None]:
-    return g, None
-
-
-straight_through.defvjp(_straight_through_forward, _straight_through_backward)
-
-
-@jax.custom_vjp
+@jax.custom_jvp
 def straight_through_inside(x: Array, quantized: Array, inside: Array) -> Array:
-    """`quantized`; its gradient goes to `x` where `inside` is true and is zero elsewhere."""
+    """`quantized`; its derivative is that of `x` where `inside` is true and is zero elsewhere."""
     return quantized
 
 
-def _inside_forward(x: Array, quantized: Array, inside: Array) -> tuple[Array, Array]:
-    return quantized, inside
-
-
-def _inside_backward(inside: Array, g: Array) -> tuple[Array, None, None]:
-    return jnp.where(inside, g, jnp.zeros_like(g)), None, None
-
-
-straight_through_inside.defvjp(_inside_forward, _inside_backward)
+@straight_through_inside.defjvp
+def _inside_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Any, Any]) -> tuple[Array, Array]:
+    inside, x_dot = primals[2], tangents[0]
+    return straight_through_inside(*primals), jnp.where(inside, x_dot, jnp.zeros_like(x_dot))
 
 
 def power_of_two(exponent: Array) -> Array:

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
+from qtrain.errors import UsageError, did_you_mean
 from qtrain.quantizers import noise
-from qtrain.quantizers.base import Array, Quantizer
+from qtrain.quantizers.base import Array, Quantizer, static_bits
 
 RESIDUALS = ("quantized", "original")
 
@@ -68,12 +69,11 @@ class Conv:
         A pixel is contracted by some outputs and not by others, so a scale per pixel does not factor out of the sum:
         all axes but the examples (lhs) and the filters (rhs).
         """
-        numbers = self.dimension_numbers
-        lhs_batch, rhs_filter = (numbers.lhs_spec[0], numbers.rhs_spec[0])
-        ndim = len(numbers.lhs_spec)
+        ndim = len(self.window_strides) + 2
+        numbers = lax.conv_dimension_numbers((1,) * ndim, (1,) * ndim, self.dimension_numbers)
         return (
-            tuple(axis for axis in range(ndim) if axis != lhs_batch),
-            tuple(axis for axis in range(ndim) if axis != rhs_filter),
+            tuple(axis for axis in range(ndim) if axis != numbers.lhs_spec[0]),
+            tuple(axis for axis in range(ndim) if axis != numbers.rhs_spec[0]),
         )
 
 
@@ -89,13 +89,19 @@ class Operands:
       grad: quantizer of the cotangent of the result.
       residuals: what the backward pass multiplies the cotangent with: the "quantized" operands (the straight-through
         gradient of the product that was computed; AQT's `fully_quantized`, CPT), or the "original" ones (AQT's
-        `config_v4` default). At 4 bits the two gradients differ by about 10 % in norm.
+        `config_v4` default). At 4 bits the two gradients differ by about 10 % in norm. Either way what the product
+        hands back then passes through the gradient of each operand's own quantizer.
     """
 
     lhs: Quantizer | None = None
     rhs: Quantizer | None = None
     grad: Quantizer | None = None
     residuals: str = "quantized"
+
+    def __post_init__(self) -> None:
+        if self.residuals not in RESIDUALS:
+            hint = did_you_mean(self.residuals, RESIDUALS)
+            raise UsageError(f"residuals={self.residuals!r}: give one of {RESIDUALS}.{hint}")
 
 
 class Traced(NamedTuple):
@@ -113,12 +119,17 @@ def contract(op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced
     """``op(Q(lhs), Q(rhs))``, with the cotangent of the result quantized before it reaches either operand.
 
     A quantizer or width of None leaves that operand as it is.
+
+    Raises:
+      UsageError: for a concrete width that is none, or stochastic rounding without a seed.
     """
+    quantized = _quantized(op, operands, lhs, rhs, traced)
     if operands.residuals == "original":
-        out = _contract_original(op, operands, lhs, rhs, traced)
+        out = _contract_original(op, *quantized, lax.stop_gradient(lhs), lax.stop_gradient(rhs))
     else:
-        out = op(*_quantized(op, operands, lhs, rhs, traced))
+        out = op(*quantized)
     if operands.grad is not None and traced.grad_bits is not None:
+        static_bits(traced.grad_bits)  # Now: the backward pass is late, and may never come.
         out = quantize_cotangent(operands.grad, out, traced.grad_bits, _fold(traced.seed, 2))
     return out
 
@@ -134,7 +145,7 @@ def quantize_cotangent(quantizer: Quantizer, y: Array, bits: Any, seed: Array | 
 
 
 def _cotangent_forward(quantizer: Quantizer, y: Array, bits: Any, seed: Array | None) -> tuple[Array, Any]:
-    return y, (bits, seed)
+    return quantize_cotangent(quantizer, y, bits, seed), (bits, seed)
 
 
 def _cotangent_backward(quantizer: Quantizer, residuals: Any, g: Array) -> tuple[Array, None, None]:
@@ -149,9 +160,7 @@ def _fold(seed: Array | None, role: int) -> Array | None:
     return None if seed is None else noise.fold(seed, role)
 
 
-def _quantized(
-    op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced: Traced
-) -> tuple[Array, Array]:
+def _quantized(op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced: Traced) -> tuple[Array, Array]:
     lhs_axes, rhs_axes = op.contracted
     if operands.lhs is not None and traced.lhs_bits is not None:
         lhs = operands.lhs(lhs, traced.lhs_bits, traced.lhs_params, key=_fold(traced.seed, 0), axes=lhs_axes)
@@ -160,20 +169,21 @@ def _quantized(
     return lhs, rhs
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contract_original(op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced: Traced) -> Array:
-    return op(*_quantized(op, operands, lhs, rhs, traced))
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _contract_original(op: Contraction, lhs_q: Array, rhs_q: Array, lhs: Array, rhs: Array) -> Array:
+    """``op(lhs_q, rhs_q)``; its gradient with respect to these two is that of ``op`` at (lhs, rhs)."""
+    return op(lhs_q, rhs_q)
 
 
 def _original_forward(
-    op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced: Traced
+    op: Contraction, lhs_q: Array, rhs_q: Array, lhs: Array, rhs: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _contract_original(op, operands, lhs, rhs, traced), (lhs, rhs)
+    return _contract_original(op, lhs_q, rhs_q, lhs, rhs), (lhs, rhs)
 
 
-def _original_backward(op: Contraction, operands: Operands, residuals: tuple[Array, Array], g: Array) -> Any:
+def _original_backward(op: Contraction, residuals: tuple[Array, Array], g: Array) -> Any:
     _, vjp = jax.vjp(op, *residuals)
-    return (*vjp(g), None)
+    return (*vjp(g), None, None)
 
 
 _contract_original.defvjp(_original_forward, _original_backward)

@@ -29,7 +29,9 @@ def check_per(per: Per) -> None:
     if isinstance(per, int) and not isinstance(per, bool) and per >= 1:
         return
     hint = did_you_mean(per, NAMES) if isinstance(per, str) else ""
-    raise UsageError(f"per={per!r}: give one of {NAMES}, a tuple of the axes that keep scales of their own, or a group size{hint}")
+    raise UsageError(
+        f"per={per!r}: give one of {NAMES}, a tuple of the axes that keep scales of their own, or a group size.{hint}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +58,7 @@ def layout(shape: Sequence[int], per: Per, contracted: Sequence[int] | None = No
     * ``"tensor"``: one scale.
     * ``"channel"``: a scale is shared along the contracted axes only; without a contraction, one scale per index of the
       last axis (a vector knows one scale only).
-    * ``"row"``, ``"column"``: one scale per index of the first, of the last axis.
+    * ``"row"``, ``"column"``: one scale per index of the first, of the last axis (of a vector: one scale).
     * a tuple: one scale per index of these axes.
     * an int g: every g consecutive elements along the last contracted axis share one (without a contraction: along the
       axis before the last, the input axis of a kernel as Flax lays it out). The tensor is viewed with that axis split.
@@ -69,10 +71,12 @@ def layout(shape: Sequence[int], per: Per, contracted: Sequence[int] | None = No
     every = tuple(range(ndim))
     if contracted is not None:
         contracted = tuple(sorted(axis % ndim for axis in contracted))
-    if per == "tensor" or (isinstance(per, str) and ndim < 2 and contracted is None):
+    if per == "channel" and contracted is not None:
+        return Layout(shape, contracted)
+    if per == "tensor" or (isinstance(per, str) and ndim < 2):
         return Layout(shape, every)
     if per == "channel":
-        return Layout(shape, every[:-1] if contracted is None else contracted)
+        return Layout(shape, every[:-1])
     if per == "row":
         return Layout(shape, every[1:])
     if per == "column":

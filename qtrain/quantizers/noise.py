@@ -36,20 +36,24 @@ def uniform(seed: Array, shape: tuple[int, ...], salt: Array | None = None) -> A
     """float32 noise, uniform on multiples of 2⁻²⁴ in [0, 1), a pure function of (seed, index, salt).
 
     Args:
-      seed: uint32 [2].
-      shape: of the noise.
-      salt: float32, broadcastable to `shape`: mixed in by its bits. A tensor's own scale, so that the iterations of a
-        scanned layer, which share a seed, do not share their noise.
+      seed: uint32 [2]. Any two seeds that differ give unrelated noise.
+      shape: of the noise. Beyond 2³² elements it repeats.
+      salt: float32, broadcastable to `shape`: mixed in by its upper 24 bits. A tensor's own scale, so that the
+        iterations of a scanned layer, which share a seed, do not share their noise; the lower bits are left out because
+        they depend on the order of a sum, and so on the number of devices.
     """
+    # Both words depend on both: a bare difference in the second would only rotate the noise by a constant.
+    first = _mix(_mix(seed[0] + jnp.uint32(_GOLDEN)) ^ seed[1])
+    second = _mix(first + seed[0])
     index = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
         index = index + lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride & 0xFFFFFFFF)
         stride *= shape[axis]
-    counter = index * jnp.uint32(_GOLDEN) + seed[0]
+    counter = index * jnp.uint32(_GOLDEN) + first
     if salt is not None:
-        counter = counter ^ lax.bitcast_convert_type(salt.astype(jnp.float32), jnp.uint32)
-    bits = _mix(counter, seed[1])
+        counter = counter ^ (lax.bitcast_convert_type(salt.astype(jnp.float32), jnp.uint32) >> 8)
+    bits = _mix(counter, second)
     # Through int32: unsigned-to-float conversion is not a vector instruction on most CPUs.
     return (bits >> 8).astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)
 

@@ -28,6 +28,9 @@ from qtrain.quantizers.granularity import Layout, Per, check_per, layout
 GRIDS = ("symmetric", "aqt", "affine", "unsigned", "sign")
 ROUNDINGS = ("nearest", "stochastic", "floor")
 
+# Room for the roundings of s, 1/s and x·(1/s), so that a value on a grid point is not floored to the one below.
+_FLOOR_SLACK = 2.0**-21
+
 # The smallest normal float32: a scale is never zero, and its reciprocal is finite. CPT's 1e-8 would flatten gradients.
 _SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
@@ -56,21 +59,24 @@ class Uniform(Quantizer):
     ============  =========================  ==================  =====================================================
 
     `symmetric` and `aqt` at 1 bit are the sign grid (their own would hold nothing but 0). Bits of 24 and above return
-    `x` itself. Arithmetic is float32; x/s is computed as x·(1/s), as AQT does, so that a compiled and an eager call
-    agree. s has the dtype of `x`, is at least the smallest normal float32, and finite inputs give finite results:
-    an all-zero tensor stays zero (±1e-38 on the sign grid), a constant one is reproduced.
+    `x` itself. Arithmetic is float32. Quotients are computed as x·(1/s) and M·(1/n), which is what XLA makes of a
+    division by a broadcast scalar, so that compiled and eager calls, scalar and vector widths agree. s has the dtype
+    of `x` and is at least the smallest normal float32: an all-zero tensor stays zero (±1e-38 on the sign grid), a
+    constant one is reproduced. Finite inputs give finite results up to 1e37 in magnitude; a NaN or an infinity makes
+    everything that shares its scale NaN (or infinite).
 
     Gradient with respect to x: 1 everywhere, as in CPT's and AQT's defaults; with `clip_gradient`, 0 where x lies more
     than half a step outside the grid. With a range taken from `x` itself that happens only for the negative side of
-    ``unsigned``; it matters with calibrated ranges. Nothing flows to the range or the bits.
+    ``unsigned`` and, on the sign grid, beyond 3/2 mean|x|; elsewhere it matters with calibrated ranges. Nothing flows
+    to the range or the bits.
 
     Attributes:
       grid: one of the above.
       per: "tensor" (one scale), "channel" (shared along the contracted axes; on a bare array one per index of the last
         axis), "row", "column", a tuple of axes that keep scales of their own, or an int group size. See
         `qtrain.quantizers.granularity.layout`.
-      rounding: "nearest" (ties to even), "stochastic" (⌊x/s + u⌋ with u uniform in [0, 1): unbiased, needs a key), or
-        "floor".
+      rounding: "nearest" (ties to even), "stochastic" (⌊x/s⌋, plus 1 with probability x/s − ⌊x/s⌋: unbiased, needs a
+        key), or "floor" (a value within float32 rounding of a grid point is on it). The sign grid rounds one way only.
       clip_gradient: see above.
       statistics: momentum m of a running range r ← m·r + (1 − m)·range(x), kept in the collection ``quant_stats``:
         training uses each batch's own range and updates r, evaluation uses r (as CPT does, with 0.9). None: the range
@@ -93,9 +99,10 @@ class Uniform(Quantizer):
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
-            raise UsageError(f"grid={self.grid!r}: give one of {GRIDS}{did_you_mean(self.grid, GRIDS)}")
+            raise UsageError(f"grid={self.grid!r}: give one of {GRIDS}.{did_you_mean(self.grid, GRIDS)}")
         if self.rounding not in ROUNDINGS:
-            raise UsageError(f"rounding={self.rounding!r}: give one of {ROUNDINGS}{did_you_mean(self.rounding, ROUNDINGS)}")
+            hint = did_you_mean(self.rounding, ROUNDINGS)
+            raise UsageError(f"rounding={self.rounding!r}: give one of {ROUNDINGS}.{hint}")
         if isinstance(self.per, list):
             object.__setattr__(self, "per", tuple(self.per))
         check_per(self.per)
@@ -146,8 +153,8 @@ class Uniform(Quantizer):
             return x
         view = layout(x.shape, self.per, axes)
         values = lax.stop_gradient(x).reshape(view.shape)
-        bits = jnp.asarray(bits)
-        scale = self._scale(values, bits, view, params)
+        bits = jnp.asarray(bits if concrete is None else concrete)
+        scale = self._scale(values, bits, view, params, concrete)
         codes, in_steps = self._codes(values, bits, scale, key)
         quantized = self._values(codes, scale)
         if concrete is None:
@@ -156,7 +163,9 @@ class Uniform(Quantizer):
         if not self.clip_gradient:
             return straight_through(x, quantized)
         low, high = self._bounds(bits)
-        inside = (in_steps >= low - 0.5) & (in_steps <= high + 0.5) | (bits >= FLOAT_BITS)
+        # The scale's own rounding must not push the tensor's largest value, which may lie exactly half a step out.
+        slack = 1.0 + 2.0 * float(jnp.finfo(x.dtype).eps)
+        inside = (in_steps >= (low - 0.5) * slack) & (in_steps <= (high + 0.5) * slack) | (bits >= FLOAT_BITS)
         return straight_through_inside(x, quantized, inside.reshape(x.shape))
 
     def encode(
@@ -183,8 +192,8 @@ class Uniform(Quantizer):
             raise UsageError(f"bits: {bits!r} leaves a tensor in float and has no integer codes; give at most 23")
         view = layout(x.shape, self.per, axes)
         values = lax.stop_gradient(x).reshape(view.shape)
-        bits = jnp.asarray(bits)
-        scale = self._scale(values, bits, view, params)
+        bits = jnp.asarray(bits if concrete is None else concrete)
+        scale = self._scale(values, bits, view, params, concrete)
         codes, _ = self._codes(values, bits, scale, key)
         return codes.astype(jnp.int32).reshape(x.shape), scale
 
@@ -206,29 +215,36 @@ class Uniform(Quantizer):
     def _statistics_names(self) -> tuple[str, ...]:
         return {"affine": ("min", "max"), "unsigned": ("max",)}.get(self.grid, ("absmax", "absmean"))
 
-    def _scale(self, values: Array, bits: Array, view: Layout, params: Mapping[str, Array] | None) -> Any:
+    def _scale(
+        self, values: Array, bits: Array, view: Layout, params: Mapping[str, Array] | None, concrete: int | None
+    ) -> Any:
         def statistic(name: str) -> Array:
             return _reduce(values, name, view.axes) if params is None else params[name].reshape(view.scale_shape)
 
         dtype = values.dtype
         if self.grid == "affine":
             lowest = statistic("min").astype(dtype).astype(jnp.float32)
-            step = (statistic("max") - lowest) / self._bounds(bits)[1]
+            step = (statistic("max") - lowest) * (1.0 / self._bounds(bits)[1])
             return AffineScale(_positive(step).astype(dtype), lowest.astype(dtype))
         if self.grid == "unsigned":
-            return _positive(statistic("max") / self._bounds(bits)[1]).astype(dtype)
+            return _positive(statistic("max") * (1.0 / self._bounds(bits)[1])).astype(dtype)
         if self.grid == "sign":
             return _positive(statistic("absmean")).astype(dtype)
-        high = self._bounds(bits)[1] + (0.5 if self.grid == "aqt" else 0.0)
+        inverse = 1.0 / (self._bounds(bits)[1] + (0.5 if self.grid == "aqt" else 0.0))
 
         def both() -> Array:
-            return jnp.where(bits == 1, statistic("absmean"), statistic("absmax") / high)
+            return jnp.where(bits == 1, statistic("absmean"), statistic("absmax") * inverse)
 
         def one() -> Array:
-            return lax.cond(bits == 1, lambda: statistic("absmean"), lambda: statistic("absmax") / high)
+            return lax.cond(bits == 1, lambda: statistic("absmean"), lambda: statistic("absmax") * inverse)
 
+        if concrete is not None:
+            step = statistic("absmean") if concrete == 1 else statistic("absmax") * inverse
+            return _positive(step).astype(dtype)
         # A CPU pays for each pass over the tensor; an accelerator fuses the two reductions and pays for the branch.
-        step = both() if bits.ndim or params is not None else lax.platform_dependent(cpu=one, default=both)
+        # Outside a trace a branch would be compiled anew by every call.
+        branch = isinstance(values, jax.core.Tracer) and not bits.ndim and params is None
+        step = lax.platform_dependent(cpu=one, default=both) if branch else both()
         return _positive(step).astype(dtype)
 
     def _bounds(self, bits: Array) -> tuple[Array, Array]:
@@ -255,9 +271,13 @@ class Uniform(Quantizer):
             if key is None:
                 raise UsageError("rounding='stochastic' needs a key: pass key=, or rngs={'quant': key} to apply")
             words = noise.seed(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-            rounded = jnp.floor(in_steps + noise.uniform(words, in_steps.shape, step))
+            below = jnp.floor(in_steps)
+            # Not ⌊x/s + u⌋: the sum is rounded, which would lift codes of many bits, even those on the grid.
+            rounded = jnp.where(noise.uniform(words, in_steps.shape, step) < in_steps - below, below + 1.0, below)
+        elif self.rounding == "floor":
+            rounded = jnp.floor(jnp.maximum(in_steps * (1 - _FLOOR_SLACK), in_steps * (1 + _FLOOR_SLACK)))
         else:
-            rounded = jnp.floor(in_steps) if self.rounding == "floor" else jnp.round(in_steps)
+            rounded = jnp.round(in_steps)
         low, high = self._bounds(bits)
         codes = jnp.clip(rounded, low, high)
         if self.grid in ("symmetric", "aqt"):

@@ -1,0 +1,207 @@
+"""The reference models: shapes, dtypes, parameter trees, gradients, and the config's errors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from qtrain import cost, models
+from qtrain.errors import UsageError
+
+IMAGE, TOKENS = (8, 8, 1), (16,)
+SMALL_LM = {"name": "transformer", "num_layers": 2, "width": 32, "num_heads": 4}
+
+# name: (config.model, input shape of one example, outputs)
+CONFIGS = {
+    "mlp": ({"name": "mlp", "features": (32, 16), "dropout": 0.2}, IMAGE, 10),
+    "mlp without hidden layers": ({"name": "mlp", "features": ()}, IMAGE, 10),
+    "cnn": ({"name": "cnn", "features": (8, 16), "hidden": 16, "dropout": 0.2}, IMAGE, 10),
+    "cnn, max pooling, no norm": (
+        {"name": "cnn", "features": (8,), "hidden": 0, "pool": "max", "batch_norm": False},
+        IMAGE,
+        10,
+    ),
+    "resnet": ({"name": "resnet", "depth": 8, "width": 0.5}, IMAGE, 7),
+    "resnet with projections": ({"name": "resnet", "depth": 8, "width": 0.5, "shortcut": "projection"}, IMAGE, 7),
+    "transformer": (SMALL_LM, TOKENS, 50),
+    "transformer, tied": ({**SMALL_LM, "tied": True, "dropout": 0.1}, TOKENS, 50),
+    "transformer, scanned": ({**SMALL_LM, "scan_layers": True, "dropout": 0.1}, TOKENS, 50),
+    "transformer, scanned and rematerialised": ({**SMALL_LM, "scan_layers": True, "remat": True}, TOKENS, 50),
+}
+
+EXECUTED = [
+    "mlp",
+    "cnn",
+    "cnn, max pooling, no norm",
+    "resnet with projections",
+    "transformer, tied",
+    "transformer, scanned",
+]
+
+
+def batch(shape, outputs, size=3):
+    rng = np.random.default_rng(0)
+    if len(shape) == 1:
+        return jnp.asarray(rng.integers(0, outputs, (size, *shape)), jnp.int32)
+    return jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32)
+
+
+def apply_in_training(model, variables, x, key):
+    """Logits and updated statistics."""
+    logits, updates = model.apply(variables, x, train=True, mutable=["batch_stats"], rngs={"dropout": key})
+    return logits, updates.get("batch_stats", {})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shapes_and_dtypes(name, dtype):
+    config, shape, outputs = CONFIGS[name]
+    model = models.build({**config, "dtype": dtype}, num_classes=outputs, input_shape=shape)
+    x = batch(shape, outputs)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    for train in (False, True):  # evaluation needs no rng and no mutable collection
+        options = {"mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(0)}} if train else {}
+
+        def forward(variables, x, train=train, options=options):
+            out = model.apply(variables, x, train=train, **options)
+            return out[0] if train else out
+
+        logits = jax.eval_shape(forward, variables, x)
+        assert logits.shape == ((3, *shape, outputs) if len(shape) == 1 else (3, outputs))
+        assert logits.dtype == jnp.float32
+        for op in cost.count(forward, variables, x):
+            assert {op.lhs.dtype, op.rhs.dtype} == {dtype}, op.path
+
+
+@pytest.mark.parametrize("name", EXECUTED)
+def test_training(name):
+    config, shape, outputs = CONFIGS[name]
+    model = models.build(config, num_classes=outputs, input_shape=shape)
+    x = batch(shape, outputs)
+
+    @jax.jit
+    def run(key):
+        variables = model.init(key, x)
+
+        def loss(params, key):
+            logits, statistics = apply_in_training(model, {**variables, "params": params}, x, key)
+            return -jax.nn.log_softmax(logits)[..., 0].mean(), statistics
+
+        step = jax.value_and_grad(loss, has_aux=True)
+        return variables, [step(variables["params"], jax.random.key(seed)) for seed in (1, 1, 2)]
+
+    variables, (first, again, other) = run(jax.random.key(0))
+    (loss, statistics), gradient = first
+    assert np.isfinite(loss)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.all(np.isfinite(leaf)), path
+        # The keys' bias shifts all scores of a query alike, which softmax does not see.
+        if "key" not in jax.tree_util.keystr(path):
+            assert np.any(leaf != 0), path
+    assert loss == again[0][0]
+    assert (loss != other[0][0]) == bool(config.get("dropout"))
+    for old, new in zip(jax.tree.leaves(variables.get("batch_stats", {})), jax.tree.leaves(statistics), strict=True):
+        assert np.any(old != new)
+
+
+def test_attention_is_causal():
+    model = models.build(SMALL_LM, num_classes=50, input_shape=TOKENS)
+    x = batch(TOKENS, 50)
+    variables = model.init(jax.random.key(0), x)
+    apply = jax.jit(model.apply)
+    changed = apply(variables, x.at[:, 9].add(1) % 50) != apply(variables, x)
+    assert not np.any(changed[:, :9])
+    assert np.all(np.any(changed[:, 9:], axis=-1))
+
+
+def test_scanned_and_rematerialised_layers_compute_the_same():
+    x = batch(TOKENS, 50)
+    plain = models.build(SMALL_LM, num_classes=50, input_shape=TOKENS)
+    variables = plain.init(jax.random.key(0), x)
+    params = dict(variables["params"])
+    blocks = [params.pop(f"block_{layer}") for layer in range(2)]
+    stacked = {"params": {**params, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}}
+    reference = jax.jit(plain.apply)(variables, x)
+    for options in ({"scan_layers": True}, {"scan_layers": True, "remat": True}):
+        scanned = models.build({**SMALL_LM, **options}, num_classes=50, input_shape=TOKENS)
+        np.testing.assert_allclose(jax.jit(scanned.apply)(stacked, x), reference, rtol=1e-5, atol=1e-5)
+    remat = models.build({**SMALL_LM, "remat": True}, num_classes=50, input_shape=TOKENS)
+    np.testing.assert_allclose(jax.jit(remat.apply)(variables, x), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_shortcut_is_the_subsampled_input_between_zeros():
+    block = models.resnet.ResidualBlock(6, 2, "pad", jnp.float32)
+    x = jnp.abs(batch((4, 4, 3), 0))
+    variables = block.init(jax.random.key(0), x)
+    zeroed = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0 if path[-1].key in ("scale", "bias") else leaf, variables
+    )
+    out = block.apply(zeroed, x)
+    np.testing.assert_array_equal(out[..., 1:4], x[:, ::2, ::2])
+    np.testing.assert_array_equal(out[..., [0, 4, 5]], 0)
+    assert set(variables["params"]) == {"Conv_0", "Conv_1", "BatchNorm_0", "BatchNorm_1"}
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(20, 269_722), (32, 464_154), (56, 853_018), (110, 1_727_962)])
+def test_published_sizes_of_the_cifar_resnets(depth, parameters):
+    """He et al.'s table 6: 0.27, 0.46, 0.85 and 1.7 million."""
+    model = models.build({"name": "resnet", "depth": depth}, num_classes=10, input_shape=(32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+
+
+def test_config_dict_and_defaults():
+    config = ml_collections.ConfigDict({"name": "mlp", "features": [64]})
+    model = models.build(config, num_classes=10, input_shape=IMAGE)
+    assert isinstance(model, nn.Module)
+    assert model.features == (64,)
+    assert models.build(SMALL_LM, num_classes=50, input_shape=TOKENS).max_length == 16
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "words"),
+    [
+        ({"name": "rennet"}, IMAGE, ["model.name='rennet'", "Did you mean 'resnet'?"]),
+        ({}, IMAGE, ["model.name=None", "mlp, cnn, resnet, transformer"]),
+        ({"name": "cnn", "feature": (8,)}, IMAGE, ["model.feature ", "Did you mean 'features'?"]),
+        ({"name": "cnn", "depth": 20}, IMAGE, ["model.depth", "'cnn'"]),
+        ({"name": "cnn", "features": 8}, IMAGE, ["model.features=8", "list"]),
+        ({"name": "cnn", "features": "88"}, IMAGE, ["model.features='88'", "list"]),
+        ({"name": "cnn", "features": (8, 0)}, IMAGE, ["model.features=(8, 0)", "at least 1"]),
+        ({"name": "cnn", "features": (8, 8, 8, 8)}, IMAGE, ["model.features=[8, 8, 8, 8]", "at most 3"]),
+        ({"name": "cnn", "hidden": -1}, IMAGE, ["model.hidden=-1"]),
+        ({"name": "cnn", "pool": "avg"}, IMAGE, ["model.pool='avg'", "average, max"]),
+        ({"name": "cnn", "batch_norm": 1}, IMAGE, ["model.batch_norm=1", "True or False"]),
+        ({"name": "cnn", "dropout": 1.0}, IMAGE, ["model.dropout=1.0", "below 1"]),
+        ({"name": "mlp", "dropout": None}, IMAGE, ["model.dropout=None"]),
+        ({"name": "mlp", "dtype": "float"}, IMAGE, ["model.dtype='float'", "Did you mean 'float32'?"]),
+        ({"name": "resnet", "depth": 21}, IMAGE, ["model.depth=21", "6n + 2"]),
+        ({"name": "resnet", "depth": 2}, IMAGE, ["model.depth=2"]),
+        ({"name": "resnet", "depth": "20"}, IMAGE, ["model.depth='20'"]),
+        ({"name": "resnet", "width": 0}, IMAGE, ["model.width=0"]),
+        ({"name": "resnet", "shortcut": "none"}, IMAGE, ["model.shortcut='none'", "pad, projection"]),
+        ({"name": "resnet"}, TOKENS, ["images", "(16,)"]),
+        ({"name": "transformer"}, IMAGE, ["tokens", "(8, 8, 1)"]),
+        ({"name": "transformer", "width": 30, "num_heads": 4}, TOKENS, ["model.width=30", "model.num_heads=4"]),
+        ({"name": "transformer", "max_length": 8}, TOKENS, ["model.max_length=8", "16 tokens"]),
+        ({"name": "transformer", "num_layers": True}, TOKENS, ["model.num_layers=True"]),
+    ],
+)
+def test_errors_are_one_line(config, shape, words):
+    with pytest.raises(UsageError) as error:
+        models.build(config, num_classes=10, input_shape=shape)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_errors_of_the_modules_themselves():
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    with pytest.raises(UsageError, match=r"depth=22 is not 6n \+ 2; nearest: 20"):
+        jax.eval_shape(models.CifarResNet(10, depth=22).init, jax.random.key(0), x)
+    tokens = jax.ShapeDtypeStruct((1, 9), jnp.int32)
+    with pytest.raises(UsageError, match="9 tokens; allowed: at most max_length=8"):
+        jax.eval_shape(models.TransformerLM(50, 8).init, jax.random.key(0), tokens)
