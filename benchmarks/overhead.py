@@ -38,7 +38,7 @@ def cases() -> dict[str, tuple[Any, Any, Any]]:
 
 
 def make_step(qmodel: Any, optimizer: Any, quantized: bool) -> Any:
-    """A jitted train step ``(params, others, opt_state, inputs, labels, bits, key)``; the float arm ignores the bits."""
+    """A jitted train step ``(params, others, opt_state, inputs, labels, bits, key)``; float ignores the bits."""
 
     def step(params: Any, others: Any, opt_state: Any, inputs: Any, labels: Any, bits: Any, key: Any) -> Any:
         def loss_fn(params):
