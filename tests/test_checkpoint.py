@@ -429,7 +429,7 @@ def test_orbax_is_quiet_when_it_fails(tmp_path):
     first, second = result.stdout.splitlines()
     assert "could not be loaded: " in first and "cannot be read: " in second
     assert "tensorstore_spec" not in first
-    # Not compared with "": on a loaded machine Orbax's event loop may be closed under its feet, which uvloop remarks on.
+    # Not compared with "": on a loaded machine uvloop may remark that Orbax's event loop was closed under its feet.
     assert "ERROR" not in result.stderr and "orbax" not in result.stderr.lower()
 
 
