@@ -1,6 +1,7 @@
 """Runs the table of this folder's README and writes one JSON line a run: config, overrides, seed, summary.
 
     python experiments/first_runs/run.py --data-dir FOLDER [--only digits] [--seeds 0 1 2]
+    python experiments/first_runs/run.py --table    # the lines as a Markdown table
 
 Each run is a process of its own, as a user starts it. Lines of runs that are already there are kept.
 """
@@ -11,10 +12,12 @@ import argparse
 import datetime
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -47,9 +50,13 @@ def main() -> None:
     parser.add_argument("--data-dir", default=os.environ.get("TFDS_DATA_DIR", ""))
     parser.add_argument("--only", nargs="*", default=list(RUNS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true")
     arguments = parser.parse_args()
     path = HERE / "results.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if arguments.table:
+        print(table(done))
+        return
     for group in arguments.only:
         for config, arm, overrides in RUNS[group]:
             for seed in arguments.seeds:
@@ -61,7 +68,23 @@ def main() -> None:
                 print(config, arm, seed, row["summary"]["test_accuracy"], flush=True)
 
 
-def run(config: str, arm: str, overrides: tuple[str, ...], seed: int, data_dir: str) -> dict[str, object]:
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line an arm: mean, lowest and highest test accuracy over the seeds, saving, wall time."""
+    lines = ["| config | precision | test accuracy, mean (range) | saving | wall time |", "|---|---|---|---|---|"]
+    for config, arm in dict.fromkeys((row["config"], row["arm"]) for row in rows):
+        summaries = [row["summary"] for row in rows if (row["config"], row["arm"]) == (config, arm)]
+        accuracy = [100 * summary["test_accuracy"] for summary in summaries]
+        seconds = [summary["wall_seconds"] for summary in summaries]
+        saving = 100 * summaries[0]["saving"]
+        mean = statistics.mean(accuracy)
+        lines.append(
+            f"| `{config}` | {arm} | {mean:.2f} % ({min(accuracy):.2f}–{max(accuracy):.2f}, n = {len(accuracy)}) "
+            f"| {saving:.1f} % | {min(seconds):.0f}–{max(seconds):.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def run(config: str, arm: str, overrides: tuple[str, ...], seed: int, data_dir: str) -> dict[str, Any]:
     """One run: its row."""
     flags = [f"configs/{config}.py", *overrides, f"--config.seed={seed}", f"--config.data.seed={seed}"]
     with tempfile.TemporaryDirectory() as folder:
