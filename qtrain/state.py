@@ -89,7 +89,7 @@ def make_train_step(
     ops: Ops,
     log_every: int,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
-    """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", "metrics"})``; pure.
+    """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", …})``; pure.
 
     To be compiled once: the schedule is evaluated inside, so that one program serves every step. `key` is the run's; it
     is folded with the step here.
@@ -149,7 +149,14 @@ def make_train_step(
             metrics=averages,
             previous=Previous(bits, norms["grad_norm"], norms["update_norm"]),
         )
-        return new_state, {"loss": loss, "grad_norm": norms["grad_norm"], "bits": bits, "metrics": averages}
+        out = {
+            "loss": loss,
+            "grad_norm": norms["grad_norm"],
+            "bits": bits,
+            "bitops": new_state.bitops,
+            "metrics": averages,
+        }
+        return new_state, out
 
     return train_step
 

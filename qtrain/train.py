@@ -219,11 +219,12 @@ class _Run:
             )
         self.progress.update(step, loss=losses[-1], bits=bits[-1].tolist())
         if step % self.config.train.log_every_steps == 0:
-            averages = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], out["metrics"])
+            averages, bitops = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], (out["metrics"], out["bitops"]))
             values = {name: float(value) for name, value in averages.compute().items()}
             updates = (step - 1) // self.config.optimizer.accumulate_steps
             row = {
                 **values,
+                "effective_bitops": cost.value(bitops),
                 "learning_rate": float(self.experiment.learning_rate(updates)),
                 **dict(zip(("bits_weights", "bits_acts", "bits_grads"), bits[-1].tolist(), strict=True)),
                 "steps_per_second": self.progress.steps_per_second,

@@ -7,7 +7,7 @@ from typing import Any
 
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.precision import Precision
-from qtrain.schedules.config import ALL_KEYS, build, check_keys, inherit, schedule_name, set_keys
+from qtrain.schedules.config import ALL_KEYS, build, check_keys, inherit, schedule_name, set_keys, taken_keys
 from qtrain.schedules.schedule import (
     MOST_STEPS,
     ScheduleLike,
@@ -98,9 +98,12 @@ def precisions_from_config(mapping: Any, total_steps: int, path: str = "schedule
     else:
         _check_nameless(settings, path)
     schedules = {}
+    bits_used = "bits" not in settings
     for kind in KINDS:
         own = kinds.get(kind, {})
         merged = inherit(own, settings)
+        name = schedule_name(merged, f"{path}.{kind}")
+        bits_used = bits_used or ("bits" not in own and "bits" in taken_keys(name, merged))
         if own:
             inner_path = f"{path}.{kind}"
             if "name" in own:
@@ -110,6 +113,12 @@ def precisions_from_config(mapping: Any, total_steps: int, path: str = "schedule
             schedules[kind] = build(merged, total_steps, inner_path)
         else:
             schedules[kind] = build(merged, total_steps, path)
+    if not bits_used:
+        # The other shared keys are what one name leaves for another; bits say that somebody wants these bits.
+        raise UsageError(
+            f"{path}.bits={settings['bits']!r}: not used by {path}.name={settings.get('name')!r}; "
+            f"set {path}.name='constant' as well"
+        )
     return PrecisionSchedule(**schedules, total_steps=total_steps)
 
 
