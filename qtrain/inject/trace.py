@@ -132,7 +132,7 @@ class Trace:
 
 
 class _Injected:
-    """The function a cloned layer calls in place of ``lax.dot_general`` or ``lax.conv_general_dilated``."""
+    """The function an injected layer calls in place of ``lax.dot_general`` or ``lax.conv_general_dilated``."""
 
     def __init__(self, trace: Trace, scope: flax.core.Scope, path: str, module: str, op: str) -> None:
         self.trace, self.scope, self.path, self.module, self.op = trace, scope, path, module, op
