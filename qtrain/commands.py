@@ -48,8 +48,7 @@ def plan(arguments: list[str]) -> int:
         return 0
     config = overrides.parse("plan", values, arguments)
 
-    from qtrain.experiment import build
-    from qtrain.train import describe
+    from qtrain.experiment import build, describe
 
     experiment = build(config)
     if values.json:

@@ -136,6 +136,23 @@ def build(config: ConfigDict) -> Experiment:
     )
 
 
+def describe(experiment: Experiment) -> str:
+    """Data, schedule, plan and cost of a run, for people."""
+    costs = experiment.cost_summary()
+    return "\n".join(
+        [
+            experiment.dataset.describe(),
+            experiment.describe_schedule(),
+            "",
+            str(experiment.plan),
+            f"{experiment.total_steps} steps; {costs['effective_bitops']:.4g} BitOps, "
+            f"{100 * costs['saving']:.1f} % fewer than {costs['static_bitops']:.4g} at constant q_max "
+            f"(float: {costs['float_bitops']:.4g})",
+            "",
+        ]
+    )
+
+
 def _inputs(dataset: Dataset, batch_size: int) -> jax.ShapeDtypeStruct:
     dtype = "float32" if dataset.kind == "image" else "int32"
     return jax.ShapeDtypeStruct((batch_size, *dataset.input_shape), dtype)

@@ -21,7 +21,7 @@ from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
 from qtrain.errors import UsageError
 from qtrain.evaluate import Evaluator
-from qtrain.experiment import Experiment, build
+from qtrain.experiment import Experiment, build, describe
 from qtrain.progress import Progress
 from qtrain.state import TrainState, create, make_train_step, several_steps
 from qtrain.writers import MetricsWriter
@@ -78,23 +78,6 @@ def _keep_compilations(folder: str) -> None:
         raise UsageError(f"train.compilation_cache={folder!r} cannot be created: {reason}; give a folder") from None
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def describe(experiment: Experiment) -> str:
-    """Data, schedule, plan and cost of a run, for people."""
-    costs = experiment.cost_summary()
-    return "\n".join(
-        [
-            experiment.dataset.describe(),
-            experiment.describe_schedule(),
-            "",
-            str(experiment.plan),
-            f"{experiment.total_steps} steps; {costs['effective_bitops']:.4g} BitOps, "
-            f"{100 * costs['saving']:.1f} % fewer than {costs['static_bitops']:.4g} at constant q_max "
-            f"(float: {costs['float_bitops']:.4g})",
-            "",
-        ]
-    )
 
 
 class _Run:

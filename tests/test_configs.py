@@ -17,8 +17,8 @@ from program import CONFIGS, Steps, final_state, initial_state, rows
 from qtrain import overrides
 from qtrain.config import TASKS, base_config, finish
 from qtrain.errors import UsageError
-from qtrain.experiment import build
-from qtrain.train import describe, train
+from qtrain.experiment import build, describe
+from qtrain.train import train
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py"))

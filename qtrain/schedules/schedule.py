@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import itertools
@@ -51,7 +52,7 @@ def as_step(step: Any) -> jax.Array:
     return step.astype(jnp.int32)
 
 
-class Schedule:
+class Schedule(abc.ABC):
     """Base of the package's schedules: a frozen dataclass that is called with a step and returns bits.
 
     Two schedules are equal when their parameters are, and a schedule is hashable. It prints as the call that builds it,
@@ -64,9 +65,9 @@ class Schedule:
         """Bits at `step`: float32 of `step`'s shape, holding whole numbers. Steps below 0 count as 0."""
         return self._bits(as_step(step))
 
+    @abc.abstractmethod
     def _bits(self, step: jax.Array) -> jax.Array:
         """Bits at `step`, which is int32 and not negative."""
-        raise NotImplementedError
 
     def highest(self, total_steps: int | None = None) -> int:
         """The most bits the schedule asks for in a run of `total_steps` (of any length, when ``None``).
@@ -76,8 +77,9 @@ class Schedule:
         """
         return self._highest(None if total_steps is None else whole_number("total_steps", total_steps, 1, MOST_STEPS))
 
+    @abc.abstractmethod
     def _highest(self, total_steps: int | None) -> int:
-        raise NotImplementedError
+        """`highest`, of checked steps."""
 
     def __repr__(self) -> str:
         parts = []
