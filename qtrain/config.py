@@ -83,8 +83,9 @@ def base_config(task: str) -> ConfigDict:
     data         `qtrain.data.DataConfig`; ``data.seed`` is order and augmentation, ``data.dir`` where TFDS sets lie
     model        ``name``, ``dtype`` ("float32", "bfloat16": of the computation) and the model's own fields
     quant        ``recipe`` ("default", "cpt"), its quantizers ``weights``, ``acts``, ``grads`` ("grid/per/rounding" or
-                 None), ``ends`` (bits of the first and the last layer), ``residuals``; ``rules``: mappings of `Rule`'s
-                 fields, tried before the recipe's; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
+                 None), ``ends`` (bits of the first and the last layer), ``residuals``, ``execution`` ("fake", "native",
+                 "auto", as `Rule` has them); ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with
+                 residuals and execution of their own; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
     schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ
     optimizer    `qtrain.optim.optimizer`
     train        ``steps`` or ``epochs`` (the other 0), ``log_every_steps``, ``steps_per_dispatch``,
@@ -123,6 +124,7 @@ def _shared_keys() -> dict[str, Any]:
             "grads": "symmetric/tensor/stochastic",
             "ends": 8,
             "residuals": "quantized",
+            "execution": "fake",
             "rules": (),
             "backend": "qtrain",
         },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,10 +16,14 @@ from qtrain.data import Dataset
 from qtrain.durations import duration
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.inject import Plan, QuantizedModel, Rule, default_rules, quantize, quantizer_from_config, rules_from_config
+from qtrain.inject.execution import Choice
+from qtrain.inject.rules import EXECUTIONS
 from qtrain.methods import aqt
 from qtrain.methods.cpt import cpt_rules
 from qtrain.optim import optimizer
 from qtrain.precision import Precision
+from qtrain.quantizers import RESIDUALS
+from qtrain.quantizers.native import WIDEST
 from qtrain.schedules import PrecisionSchedule
 
 RECIPES = ("default", "cpt")
@@ -69,6 +73,15 @@ class Experiment:
         """The shape of the model's input for one training batch."""
         return _inputs(self.dataset, self.config.data.batch_size)
 
+    def with_choices(self, choices: Mapping[str, Choice | Mapping[str, Any]]) -> Experiment:
+        """The same with its layers carried out as an earlier start of the run chose; see `QuantizedModel.with_choices`.
+
+        Raises:
+          UsageError: for what is no choice, or is for other layers.
+        """
+        qmodel = self.qmodel.with_choices(choices)
+        return dataclasses.replace(self, qmodel=qmodel, plan=self.plan.with_choices(qmodel.choices))
+
     def describe_schedule(self) -> str:
         """The schedules, a line each."""
         parts = {"weights": self.schedule.weights, "activations": self.schedule.acts, "gradients": self.schedule.grads}
@@ -112,8 +125,10 @@ def build(config: ConfigDict) -> Experiment:
         schedule = dataclasses.replace(schedule, weights=fixed.weights, acts=fixed.acts, grads=None)
         qmodel = quantize(module, aqt.aqt_rules(rules), execute=aqt.execute)
     else:
-        qmodel = quantize(module, rules)
+        qmodel = quantize(module, rules, widest=schedule.q_max, narrowest=_narrowest(schedule, total_steps, rules))
     plan = qmodel.plan(_inputs(dataset, config.data.batch_size), train=True)
+    # As chosen for the training batch, so that evaluation at another size does the same arithmetic.
+    qmodel = qmodel.with_choices(plan.choices)
     transform, learning_rate = optimizer(config.optimizer, total_steps, steps_per_epoch)
 
     def every(section: str) -> int:
@@ -153,6 +168,20 @@ def describe(experiment: Experiment) -> str:
     )
 
 
+def _narrowest(schedule: PrecisionSchedule, total_steps: int, rules: tuple[Rule, ...]) -> Precision:
+    """The fewest bits of each kind over the run, where that says whether codes of 8 bits can ever hold them."""
+    if all(rule.execution == "fake" for rule in rules):
+        return Precision()
+
+    def fewest(kind: str) -> int | None:
+        most = getattr(schedule.q_max, kind)
+        if most is None or most <= WIDEST:
+            return None
+        return int(schedules.evaluate(getattr(schedule, kind), total_steps).min())
+
+    return Precision(**{kind: fewest(kind) for kind in ("weights", "acts", "grads")})
+
+
 def _inputs(dataset: Dataset, batch_size: int) -> jax.ShapeDtypeStruct:
     dtype = "float32" if dataset.kind == "image" else "int32"
     return jax.ShapeDtypeStruct((batch_size, *dataset.input_shape), dtype)
@@ -181,6 +210,8 @@ def _check_values(config: ConfigDict) -> None:
     for key, value, allowed in (
         ("quant.recipe", config.quant.recipe, RECIPES),
         ("quant.backend", config.quant.backend, BACKENDS),
+        ("quant.execution", config.quant.execution, EXECUTIONS),
+        ("quant.residuals", config.quant.residuals, RESIDUALS),
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value!r}: give one of {allowed}.{did_you_mean(value, allowed)}")
@@ -197,12 +228,15 @@ def _check_values(config: ConfigDict) -> None:
 def _rules(config: ConfigDict) -> tuple[Rule, ...]:
     quant = config.quant
     own = rules_from_config(quant.rules) if quant.rules else ()
+    chosen = {"residuals": quant.residuals, "execution": quant.execution}
     if quant.recipe == "cpt":
-        return (*own, *cpt_rules())
+        # Its last layer stays in float by intention, of which no execution could make anything else.
+        recipe = tuple(dataclasses.replace(rule, **chosen) if rule.weight_quantizer else rule for rule in cpt_rules())
+        return (*own, *recipe)
     recipe = default_rules(
         weight_quantizer=quantizer_from_config(quant.weights, "quant.weights"),
         act_quantizer=quantizer_from_config(quant.acts, "quant.acts"),
         grad_quantizer=quantizer_from_config(quant.grads, "quant.grads"),
         ends=quant.ends,
     )
-    return (*own, *(dataclasses.replace(rule, residuals=quant.residuals) for rule in recipe))
+    return (*own, *(dataclasses.replace(rule, **chosen) for rule in recipe))

@@ -17,6 +17,7 @@ usage: qtrain COMMAND [flags]
   train      train a config: qtrain train --config configs/digits_cnn_cpt.py --workdir runs/digits
   plan       what a config quantizes, how, and at what cost; trains nothing
   schedules  the ten cyclic precision schedules as a table and a picture
+  bench      what quantized train steps cost: float32, bfloat16, qtrain, AQT and Qwix, measured in turn
 
 qtrain COMMAND --help lists a command's flags. A config's values are overridden as --config.train.steps=500; its `smoke`
 form (a few steps on generated data) is --config configs/digits_cnn_cpt.py:smoke.
@@ -43,7 +44,18 @@ def _schedules(arguments: list[str]) -> int:
     return run(arguments)
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"train": _train, "plan": _plan, "schedules": _schedules}
+def _bench(arguments: list[str]) -> int:
+    from qtrain.bench.command import run
+
+    return run(arguments)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "plan": _plan,
+    "schedules": _schedules,
+    "bench": _bench,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

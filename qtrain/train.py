@@ -65,9 +65,24 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
         status = workdir.prepare(folder, config.to_dict(), workdir.package_versions())
         if status == "done":
             return workdir.read_summary(folder)
+        experiment = _as_started(experiment, folder)
         if not quiet:
             print(describe(experiment), flush=True)
         return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile)(stopped)
+
+
+def _as_started(experiment: Experiment, folder: str) -> Experiment:
+    """The experiment with its layers carried out as when the run was started; that is written down the first time.
+
+    What is faster may look otherwise to another version or machine, and a resumed run is to do the same arithmetic.
+    """
+    if not experiment.plan.choices:
+        return experiment
+    recorded = workdir.recorded(folder).get("execution")
+    if recorded is not None:
+        return experiment.with_choices(recorded)
+    workdir.record(folder, "execution", {path: c.to_json() for path, c in experiment.plan.choices.items()})
+    return experiment
 
 
 def _keep_compilations(folder: str) -> None:

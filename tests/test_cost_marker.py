@@ -15,6 +15,8 @@ MARKERS = [
     OpBits("Block_0/Dense_1", weights=8, acts=None, grads="schedule"),
     OpBits("a-b/c.d/é ü/(x)/%2F;:\"'", weights=16, acts=1, grads=32),
     OpBits("quantized-w8-a8-g8-rq-x", weights=2, acts="schedule", residuals="original"),
+    OpBits("folded", residuals="folded"),
+    OpBits("r", acts=8, residuals="requantized"),
 ]
 
 

@@ -148,7 +148,7 @@ def test_against_explicit_formulas(name, op, shapes, equation):
     g = normal(jax.eval_shape(op, x, w).shape, 3)
     assert op.contracted == (op.dimension_numbers[0] if isinstance(op, Dot) else ((1, 2, 3), (0, 1, 2)))
 
-    cases = [*itertools.product(CHOICES[:2], RESIDUALS), (CHOICES[2], "original"), (CHOICES[3], "quantized")]
+    cases = [*itertools.product(CHOICES[:2], RESIDUALS[:2]), (CHOICES[2], "original"), (CHOICES[3], "quantized")]
 
     @jax.jit
     def run(bits):

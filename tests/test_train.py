@@ -18,8 +18,9 @@ from qtrain.data import ImageArrays, digits
 from qtrain.errors import UsageError
 from qtrain.experiment import build
 from qtrain.precision import Precision
+from qtrain.quantizers import native
 from qtrain.state import make_train_step
-from qtrain.train import Diverged, train
+from qtrain.train import Diverged, _as_started, _Run, train
 
 
 @pytest.fixture(scope="module")
@@ -418,6 +419,63 @@ def test_aqt_backend_runs_a_scheduled_config_at_its_static_counterpart(tmp_path)
     assert summary["bits_final"] == {"weights": 8, "acts": 8, "grads": 32}
     assert summary["effective_bitops"] == pytest.approx(summary["static_bitops"], rel=1e-6)
     assert summary["test_loss"] == summary["test_loss_scheduled"] != summary["test_loss_float"]
+
+
+# --- execution, as the run was started
+
+
+def native_config(**overrides):
+    fields = {"model__features": (16,), "quant__execution": "auto", "quant__residuals": "folded"}
+    return small_config(train__log_every_steps=1, **fields, **overrides)
+
+
+def slow_weight_gradients(op, operands, lhs, rhs, backend):
+    return {"drhs": "measured"} if rhs.shape == (64, 16) else {}
+
+
+def slow_throughout(*_):
+    return dict.fromkeys(native.PRODUCTS, "measured anew")
+
+
+def test_execution_is_recorded_before_anything_runs(tmp_path, monkeypatch):
+    config, folder = native_config(), tmp_path / "run"
+    monkeypatch.setattr(native, "slower", slow_weight_gradients)
+    workdir.prepare(folder, config.to_dict(), {})
+    first = _as_started(build(config), folder)  # also after a kill between the two
+    assert workdir.recorded(folder)["execution"] == {path: c.to_json() for path, c in first.plan.choices.items()}
+    monkeypatch.setattr(native, "slower", slow_throughout)
+    assert {row.execution for row in build(config).plan} == {"float"}
+    again = _as_started(build(config), folder)
+    assert {path: c.paths for path, c in again.plan.choices.items()} == {
+        p: c.paths for p, c in first.plan.choices.items()
+    }
+    assert again.plan["Dense_0"].execution_reason == "recorded; dW float: measured"
+    assert again.qmodel.choices == again.plan.choices
+    workdir.record(folder, "execution", {"Dense_0": {"forward": "int4"}})
+    with pytest.raises(UsageError, match=r"execution\['Dense_0'\]\.forward='int4': give one of"):
+        _as_started(build(config), folder)
+
+
+def test_a_resumed_run_computes_as_it_was_started(tmp_path, monkeypatch, capsys):
+    config = native_config(train__steps=4, checkpoint__every_steps=2, quant__ends=4)
+    monkeypatch.setattr(native, "slower", slow_weight_gradients)
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    summary = train(config, str(whole), quiet=True)
+    assert summary["compilations"] == 1
+    batches, taken = _Run._next, iter([False, False, False])
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(_Run, "_next", lambda *args: next(taken) or batches(*args))
+        train(config, str(folder), quiet=True)
+    monkeypatch.setattr(native, "slower", slow_throughout)
+    resumed = train(config, str(folder))
+    assert "recorded; dW float: measured" in capsys.readouterr().out
+    assert {**resumed, "wall_seconds": 0} == {**summary, "wall_seconds": 0}
+    assert rows(folder) == rows(whole)
+    assert_equal(final_state(config, folder), final_state(config, whole))
+
+
+def test_a_run_in_float_records_no_execution(reference):
+    assert workdir.recorded(reference[1]) == {}
 
 
 # --- the library's own door

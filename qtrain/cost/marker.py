@@ -11,9 +11,10 @@ Bits: TypeAlias = int | Literal["schedule"] | None
 """A whole number: fixed. ``"schedule"``: follows the `Precision` of the step. ``None``: the operand stays as it is."""
 
 _MARKER = re.compile(
-    r"quantized-w(?P<weights>\d+|s|n)-a(?P<acts>\d+|s|n)-g(?P<grads>\d+|s|n)-r(?P<residuals>[qo])-(?P<path>[\w.%~-]*)"
+    r"quantized-w(?P<weights>\d+|s|n)-a(?P<acts>\d+|s|n)-g(?P<grads>\d+|s|n)-r(?P<residuals>[qofr])-(?P<path>[\w.%~-]*)"
 )
-_RESIDUALS: dict[str, Literal["quantized", "original"]] = {"q": "quantized", "o": "original"}
+Residuals: TypeAlias = Literal["quantized", "original", "folded", "requantized"]
+_RESIDUALS: dict[str, Residuals] = {"q": "quantized", "o": "original", "f": "folded", "r": "requantized"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +22,15 @@ class OpBits:
     """What an injected op quantizes: its module path and, per kind of operand, the bits it is quantized to.
 
     A product of two activations uses `acts` for both of its operands. `residuals` says which operands the backward pass
-    multiplies the cotangent with: the ``"quantized"`` ones, or the ``"original"`` ones, which count their dtype's bits.
+    multiplies the cotangent with: the ``"original"`` ones, which count their dtype's bits, or the ``"quantized"`` ones,
+    of which ``"folded"`` and ``"requantized"`` are forms: they have the bits of the forward pass.
     """
 
     path: str
     weights: Bits = None
     acts: Bits = None
     grads: Bits = None
-    residuals: Literal["quantized", "original"] = "quantized"
+    residuals: Residuals = "quantized"
 
 
 def encode(op: OpBits) -> str:

@@ -3,11 +3,13 @@
 `quantize(model, rules)` gives a `QuantizedModel`; its `plan` says what is quantized, how, and what is not.
 """
 
+from qtrain.inject.execution import Choice
 from qtrain.inject.linen import QuantizedModel, quantize
 from qtrain.inject.plan import Plan, Row
 from qtrain.inject.rules import Rule, default_rules, quantizer_from_config, rules_from_config
 
 __all__ = [
+    "Choice",
     "Plan",
     "QuantizedModel",
     "Row",

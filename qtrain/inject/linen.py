@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,17 +13,18 @@ import jax
 import numpy as np
 from flax.core import DenyList
 
-from qtrain.cost import marker
 from qtrain.cost.count import count
-from qtrain.cost.ops import Ops
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.inject.plan import Plan, Row, narrow
+from qtrain.inject.execution import Choice, choose
+from qtrain.inject.plan import Plan
 from qtrain.inject.resolve import Memory, Resolved, abstract, kernels, resolve, signature, split_static
+from qtrain.inject.rows import rows
 from qtrain.inject.rules import Rule, default_rules
-from qtrain.inject.trace import Contract, Trace, op_bits
+from qtrain.inject.trace import Contract, Record, Trace, op_bits
 from qtrain.precision import Precision
-from qtrain.quantizers import Quantizer, contract, layout, noise
+from qtrain.quantizers import contract, noise
 from qtrain.quantizers.base import static_bits
+from qtrain.quantizers.native import Paths
 
 Array = jax.Array
 Bits = Precision | Mapping[str, Precision]
@@ -36,7 +37,12 @@ _STATE = DenyList("params")  # what a training step may write to
 
 
 def quantize(
-    model: nn.Module, rules: Rule | Sequence[Rule] | None = None, *, execute: Contract = contract
+    model: nn.Module,
+    rules: Rule | Sequence[Rule] | None = None,
+    *,
+    execute: Contract = contract,
+    widest: Precision | int | None = None,
+    narrowest: Precision | int | None = None,
 ) -> QuantizedModel:
     """Inject quantizers into a Flax linen module, whoever wrote it, without touching it.
 
@@ -44,7 +50,13 @@ def quantize(
       model: any linen module.
       rules: a rule or an ordered sequence of them; None means `default_rules()`: every Dense, DenseGeneral and Conv
         follows the schedule, the first and the last of them stay at 8 bits.
-      execute: what carries out a quantized contraction; the default computes in float on quantized values.
+      execute: what carries out a quantized contraction; the default computes in float on quantized values, or on
+        codes where `Rule.execution` asks for it.
+      widest: the most bits that traced ones will ever take, for each kind or for all: a promise that nothing can check,
+        by which layers that run on codes are compiled without a float program. At up to 8 bits they need none. None, or
+        more than 8: such a layer has both and switches between them (``lax.cond``), which is right at any width. Bits
+        that are Python numbers speak for themselves.
+      narrowest: the fewest bits that traced ones will ever take; above 8 no codes hold them, which `plan` then says.
 
     Returns:
       A `QuantizedModel`, whose ``init`` gives the parameters that ``model.init`` gives, bit for bit.
@@ -65,7 +77,7 @@ def quantize(
     for rule in rules:
         if not isinstance(rule, Rule):
             raise UsageError(f"quantize: rules hold {rule!r}; give qtrain.Rule objects")
-    return QuantizedModel(model, rules, execute)
+    return QuantizedModel(model, rules, execute, _limits("widest", widest), _limits("narrowest", narrowest))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,11 +88,16 @@ class QuantizedModel:
       module: the model as it was.
       rules: in order; the first that matches a layer's path wins.
       execute: what carries out a quantized contraction.
+      widest, narrowest: per kind, the range of traced bits, Python ints; None where it is not known.
+      choices: path → how the layer's products are computed, whatever the shapes of a call; see `with_choices`.
     """
 
     module: nn.Module
     rules: tuple[Rule, ...]
     execute: Contract = contract
+    widest: Precision = dataclasses.field(default_factory=Precision)
+    narrowest: Precision = dataclasses.field(default_factory=Precision)
+    choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
     _memory: Memory = dataclasses.field(default_factory=Memory, init=False, repr=False)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -99,6 +116,24 @@ class QuantizedModel:
         with nn.intercept_methods(trace.intercept):
             variables = dict(self.module.init(_retraced(rngs), *args, **kwargs))
         return {"quant": {}, **variables}
+
+    def with_choices(self, choices: Mapping[str, Choice | Mapping[str, Any]]) -> QuantizedModel:
+        """The same model with execution chosen once and for all.
+
+        A layer that is named here computes its products so at every shape, which keeps evaluation at another batch size
+        and a resumed run at the arithmetic of the start; the others choose by the shapes of each call. Only what cannot
+        run is left to the call: a product on codes falls back to float, or is refused, as without a choice.
+
+        Args:
+          choices: layer path → `Choice` (``plan.choices``), or the mapping that ``Choice.to_json`` made of one.
+
+        Raises:
+          UsageError: for a mapping that is no choice. `plan` refuses the path of a layer that is not quantized.
+        """
+        known = {path: c if isinstance(c, Choice) else Choice.from_json(path, c) for path, c in choices.items()}
+        other = dataclasses.replace(self, choices=known)
+        object.__setattr__(other, "_memory", self._memory)  # choices take no part in what is resolved
+        return other
 
     def apply(
         self,
@@ -125,14 +160,29 @@ class QuantizedModel:
           method: as for ``module.apply``.
 
         Raises:
-          UsageError: for bits that are no width, a path without bits, rules that do nothing, a missing key.
+          UsageError: for bits that are no width, a path without bits, rules that do nothing, a missing key, and
+            ``execution="native"`` where it cannot run: numbers above 8 as `bits`, say.
         """
         if bits is None:
             return self.module.apply(variables, *args, rngs=rngs, mutable=mutable, method=method, **kwargs)
+        return self._apply(variables, args, kwargs, bits, rngs, mutable, method, self._paths)
+
+    def _apply(
+        self,
+        variables: Mapping[str, Any],
+        args: Any,
+        kwargs: Any,
+        bits: Bits,
+        rngs: Any,
+        mutable: Any,
+        method: Any,
+        paths: Callable[[Rule, Record, Precision], Paths] | None,
+    ) -> Any:
+        """`apply` with the products carried out as `paths` says; None: in float."""
         _check_bits(bits)
         resolved = self._resolve(variables, rngs, args, kwargs, mutable, method)
         _check_paths(bits, resolved, self.rules)
-        trace = Trace(self.rules, resolved.assigned, bits, _seed(rngs), contract=self.execute)
+        trace = Trace(self.rules, resolved.assigned, bits, _seed(rngs), contract=self.execute, choose=paths)
         with nn.intercept_methods(trace.intercept):
             out = self.module.apply(variables, *args, rngs=_retraced(rngs), mutable=mutable, method=method, **kwargs)
         astray = sorted(trace.records.keys() ^ resolved.records.keys())
@@ -142,6 +192,14 @@ class QuantizedModel:
                 "inside the model (nn.jit with a restricted rngs=) replays an older trace; let it lift every stream"
             )
         return out
+
+    def _paths(self, rule: Rule, record: Record, bits: Precision | None = None) -> Paths:
+        return self._choose(rule, record, bits).paths
+
+    def _choose(self, rule: Rule, record: Record, bits: Precision | None = None) -> Choice:
+        recorded = self.choices.get(record.path)
+        backend = jax.default_backend()
+        return choose(rule, record, self.widest, backend, narrowest=self.narrowest, bits=bits, recorded=recorded)
 
     def plan(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Plan:
         """What is quantized, how, and its share of the multiplications, for arguments of these shapes.
@@ -154,7 +212,8 @@ class QuantizedModel:
             flax takes the first of these for any other.
 
         Raises:
-          UsageError: for a rule that matches nothing, or none of whose matches can be quantized.
+          UsageError: for a rule that matches nothing, or none of whose matches can be quantized; for a layer that
+            cannot run on codes and whose rule has ``execution="native"``.
         """
         if not isinstance(rngs, Mapping):
             key = jax.random.key(0) if rngs is None else rngs
@@ -170,15 +229,29 @@ class QuantizedModel:
 
         rngs = {**rngs, "quant": jax.random.key(0)}
 
+        method = abstract_kwargs.pop("method", None)
+
         def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
             bits = Precision(weights=8, acts=8, grads=8)  # any: the marker, not the value, says what is quantized
-            return self.apply(variables, *args, bits=bits, rngs=rngs, mutable=_STATE, **kwargs)
+            # Products in float whatever the rules say: the count describes the model, not the formulation, which on
+            # codes has corrections for zero points, and both branches of a switch.
+            return self._apply(variables, args, kwargs, bits, rngs, _STATE, method, None)
 
-        ops = count(forward, variables, *abstract_args, **abstract_kwargs)
-        method = abstract_kwargs.pop("method", None)
         resolved = self._resolve(variables, rngs, abstract_args, abstract_kwargs, _STATE, method)
+        choices = self._choices(resolved)
+        ops = count(forward, variables, *abstract_args, **abstract_kwargs)
         unused = [rule.path for index, rule in enumerate(self.rules) if index not in resolved.assigned.values()]
-        return Plan(tuple(_rows(resolved, self.rules, ops)), ops, tuple(unused))
+        return Plan(rows(resolved, self.rules, ops), ops, tuple(unused)).with_choices(choices)
+
+    def _choices(self, resolved: Resolved) -> dict[str, Choice]:
+        """The choice of each layer whose rule asks for more than float arithmetic."""
+        for path in self.choices:
+            if path not in resolved.assigned and path not in resolved.skipped:
+                near = did_you_mean(path, resolved.assigned)
+                raise UsageError(f"execution[{path!r}]: no layer of that path is quantized.{near}")
+        rules = {path: self.rules[index] for path, index in resolved.assigned.items()}
+        asked = {path: rule for path, rule in rules.items() if rule.execution != "fake"}
+        return {path: self._choose(rule, resolved.records[path]) for path, rule in asked.items()}
 
     def _resolve(
         self, variables: Any, rngs: Any, args: Any, kwargs: Any, mutable: Any = True, method: Any = None
@@ -208,75 +281,15 @@ class QuantizedModel:
         return resolved
 
 
-def _rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops) -> list[Row]:
-    macs: dict[str, int] = {}
-    unmarked: dict[str, Ops] = {}
-    for path, group in ops.by_path().items():
-        plain = Ops(op for op in group if op.marker is None)
-        macs[path] = sum(op.forward for op in group if op.marker is not None)
-        if plain:
-            unmarked[path] = plain
-    rows = []
-    for path, record in resolved.records.items():
-        index = resolved.assigned.get(path)
-        if index is None:
-            note = "no rule"
-            rows.append(Row(path, record.module, record.op, marker.OpBits(path), note=note, macs=_take(unmarked, path)))
-            continue
-        rule = rules[index]
-        bits = op_bits(path, rule)
-        scales = 0
-        if rule.weight_quantizer is not None and hasattr(rule.weight_quantizer, "per"):
-            scales = layout(record.rhs.shape, rule.weight_quantizer.per, record.contracted[1]).num_scales
-            # A kernel that is stacked for a scan or vmap has the scales of every iteration.
-            stacked = max((op.rhs.parameter_size for op in ops.by_path().get(path, ())), default=0)
-            scales *= max(stacked // max(math.prod(record.rhs.shape), 1), 1)
-        rows.append(
-            Row(
-                path,
-                record.module,
-                record.op,
-                bits,
-                weights=_describe(rule.weight_quantizer),
-                acts=_describe(rule.act_quantizer),
-                grads=_describe(rule.grad_quantizer),
-                bias=_describe(rule.bias_quantizer),
-                residuals=rule.residuals,
-                macs=macs.get(path, 0) or _take(unmarked, path),
-                weight_scales=scales,
-                note=_note(rule, bits),
-            )
-        )
-    for path, note in resolved.notes.items():
-        rows.append(Row(path, resolved.modules[path], "", marker.OpBits(path), note=note, macs=_take(unmarked, path)))
-    for path, group in unmarked.items():
-        kinds = "two activations" if all("weight" not in (op.lhs.kind, op.rhs.kind) for op in group) else "not a layer"
-        note = f"not reached by the injection: {kinds}"
-        module = resolved.modules.get(path, "")
-        rows.append(Row(path, module, group[0].kind, marker.OpBits(path), note=note, macs=group.forward))
-    return rows
-
-
-def _take(unmarked: dict[str, Ops], path: str) -> int:
-    group = unmarked.pop(path, None)
-    return group.forward if group else 0
-
-
-def _note(rule: Rule, bits: marker.OpBits) -> str:
-    notes = []
-    if rule.position != "any":
-        notes.append("first or last layer")
-    if not any(map(narrow, (bits.weights, bits.acts, bits.grads))):
-        notes.append("float by rule")
-    if rule.residuals != "quantized":
-        notes.append(f"backward sees {rule.residuals} operands")
-    if rule.bias_quantizer is not None:
-        notes.append(f"bias {rule.bias_quantizer.describe()}")
-    return "; ".join(notes)
-
-
-def _describe(quantizer: Quantizer | None) -> str:
-    return "float" if quantizer is None else quantizer.describe()
+def _limits(name: str, value: Precision | int | None) -> Precision:
+    fields = vars(value) if isinstance(value, Precision) else dict.fromkeys(("weights", "acts", "grads"), value)
+    limits: dict[str, int | None] = dict.fromkeys(fields)
+    for kind, bits in fields.items():
+        with contextlib.suppress(UsageError):
+            limits[kind] = None if bits is None else static_bits(bits)
+        if bits is not None and limits[kind] is None:
+            raise UsageError(f"quantize: {name}={bits!r}: give a whole number of bits, a Precision of them, or None")
+    return Precision(**limits)
 
 
 def _check_bits(bits: Bits) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qtrain.cost.marker import OpBits
 from qtrain.cost.ops import Ops
+from qtrain.errors import UsageError
+from qtrain.inject.execution import Choice
 from qtrain.quantizers import FLOAT_BITS
 
 
@@ -23,6 +25,8 @@ class Row:
       bits: fixed bits, "schedule" or None (float) of weights, acts and grads.
       weights, acts, grads, bias: the quantizers in words, "float" where there is none.
       residuals: what the backward pass sees.
+      execution: what its products are computed in: ``float``, ``int8``, ``int8 fwd, float dX, int8 dW``.
+      execution_reason: who chose that if not its rule alone, and why a product is in float; "" where nobody was asked.
       macs: multiply-accumulates of the forward pass, for the batch the plan was made with.
       weight_scales: number of scales that storing the weights takes.
       note: why it is not quantized, or what made it an exception.
@@ -39,6 +43,8 @@ class Row:
     residuals: str = "quantized"
     macs: int = 0
     weight_scales: int = 0
+    execution: str = "float"
+    execution_reason: str = ""
     note: str = ""
 
     @property
@@ -53,12 +59,13 @@ class Plan:
 
     Iterating gives its rows, in order of execution; ``str(plan)`` is a readable table; `ops` are the counted operations
     that `qtrain.cost` prices; `unused` are the paths of rules that are never used, because earlier ones cover all that
-    they match.
+    they match; `choices` are, by path, those of the layers whose rule asks for more than float arithmetic.
     """
 
     rows: tuple[Row, ...]
     ops: Ops
     unused: tuple[str, ...] = ()
+    choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -94,12 +101,32 @@ class Plan:
         """Path → number of weight scales."""
         return {row.path: row.weight_scales for row in self.rows if row.weight_scales}
 
+    def with_choices(self, choices: Mapping[str, Choice]) -> Plan:
+        """The plan with its layers carried out as `choices` says.
+
+        Raises:
+          UsageError: when they are for other layers than those that had a choice.
+        """
+        if self.choices and choices.keys() != self.choices.keys():
+            differing = sorted(choices.keys() ^ self.choices.keys())
+            raise UsageError(f"execution: {differing[:6]} are recorded and not in the plan, or the reverse")
+        rows = [
+            dataclasses.replace(row, execution=choice.describe(), execution_reason=choice.explain())
+            if (choice := choices.get(row.path)) and row.bits != OpBits(row.path)
+            else row
+            for row in self.rows
+        ]
+        return dataclasses.replace(self, rows=tuple(rows), choices=dict(choices))
+
     def to_json(self) -> list[dict[str, Any]]:
         """The rows as plain data."""
         return [dataclasses.asdict(row) for row in self.rows]
 
     def __str__(self) -> str:
-        header = ("layer", "op", "weights", "acts", "gradients", "MACs", "share", "note")
+        # Float arithmetic throughout is the ordinary case, of which there is nothing to say.
+        asked = bool(self.choices)
+        execution = ("execution",) if asked else ()
+        header = ("layer", "op", "weights", "acts", "gradients", *execution, "MACs", "share", "note")
         total = max(self.macs, 1)
         body = [
             (
@@ -108,14 +135,17 @@ class Plan:
                 _cell(row.weights, row.bits.weights),
                 _cell(row.acts, row.bits.acts),
                 _cell(row.grads, row.bits.grads),
+                *((row.execution,) if asked else ()),
                 f"{row.macs:,}",
                 f"{100 * row.macs / total:.1f} %",
-                row.note,
+                "; ".join(
+                    filter(None, (row.note, row.execution_reason and self.choices[row.path].explain(short=True)))
+                ),
             )
             for row in self.rows
         ]
         widths = [max(len(line[column]) for line in [header, *body]) for column in range(len(header))]
-        right = {5, 6}
+        right = {header.index("MACs"), header.index("share")}
 
         def line(cells: tuple[str, ...]) -> str:
             columns = enumerate(zip(cells, widths, strict=True))
@@ -124,7 +154,9 @@ class Plan:
         rule = "  ".join("-" * width for width in widths)
         summary = f"{100 * self.coverage:.1f} % of {self.macs:,} forward MACs have both operands quantized"
         unused = [f"rule path={path!r} is never used: earlier rules cover what it matches" for path in self.unused]
-        return "\n".join([line(header), rule, *map(line, body), summary, *unused])
+        reasons = dict.fromkeys(reason for choice in self.choices.values() for reason in choice.reasons.values())
+        advice = [f"float: {reason}" for reason in reasons if "; " in reason]
+        return "\n".join([line(header), rule, *map(line, body), summary, *advice, *unused])
 
     def dumps(self) -> str:
         """The rows as JSON text."""

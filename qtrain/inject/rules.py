@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.quantizers import RESIDUALS, Quantizer, Uniform
+from qtrain.quantizers import FORMATS, GRIDS, RESIDUALS, Float, Quantizer, Uniform
 from qtrain.quantizers.base import static_bits
 
 OPS = ("dot", "conv")
 POSITIONS = ("any", "first", "last", "ends")
-EXECUTIONS = ("fake",)
+EXECUTIONS = ("fake", "native", "auto")
 
 _DEFAULT = Uniform("symmetric", per="channel")
 
@@ -47,10 +47,14 @@ class Rule:
     """Quantizer of the bias, at the bits of the weights."""
     ops: tuple[str, ...] = OPS
     """The operations it applies to: of "dot" (Dense, DenseGeneral) and "conv" (Conv)."""
-    residuals: Literal["quantized", "original"] = "quantized"
-    """What the backward pass multiplies with: the "quantized" operands, or the "original" ones."""
-    execution: str = "fake"
-    """"fake": float arithmetic on quantized values."""
+    residuals: Literal["quantized", "original", "folded", "requantized"] = "quantized"
+    """What the backward pass multiplies with: the "quantized" operands; the "original" ones; "folded": their codes,
+    both scales being folded into the cotangent before it is quantized; or "requantized": an operand whose scale varies
+    along a backward contraction is put on a grid that is shared along it, at the same bits."""
+    execution: Literal["fake", "native", "auto"] = "fake"
+    """"fake": float arithmetic on quantized values. "native": products on codes (int8; fp8 for small floats), up to 8
+    bits; the forward product must be able to, a backward one that cannot is computed in float. "auto": each product on
+    codes where that can be and is not slower on this backend. The plan shows what came of it, and why."""
     position: str = "any"
     """"first", "last" or "ends" restricts the rule to the first, last or both of the model's quantizable layers."""
 
@@ -106,7 +110,8 @@ def default_rules(
 def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
     """A quantizer from a config's value: None, ``"grid/per/rounding"``, or a mapping of `Uniform`'s fields.
 
-    ``"none"`` is None too: the command line can give a key that holds a string nothing else.
+    With a small float's format in the place of the grid (``"e4m3/tensor"``, or the key ``format`` in a mapping) it is a
+    `Float`. ``"none"`` is None too: the command line can give a key that holds a string nothing else.
 
     >>> quantizer_from_config("affine/tensor", "quant.rules[0].act_quantizer").describe()
     'affine/tensor'
@@ -122,24 +127,29 @@ def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
         words = spec.split("/")
         if len(words) > 3:
             raise UsageError(f"{key}={spec!r}: give 'grid/per/rounding', each but the first optional")
-        spec = dict(zip(("grid", "per", "rounding"), words, strict=False))
+        first = "format" if words[0] in FORMATS else "grid"
+        spec = dict(zip((first, "per", "rounding"), words, strict=False))
         if spec.get("per", "").isdecimal():
             spec["per"] = int(spec["per"])
     if hasattr(spec, "to_dict"):
         spec = spec.to_dict()
     if not isinstance(spec, Mapping):
         raise UsageError(
-            f"{key}={spec!r}: give 'grid/per/rounding' such as 'affine/tensor', a mapping of Uniform's fields, or None"
+            f"{key}={spec!r}: give 'grid/per/rounding' such as 'affine/tensor' or 'e4m3/tensor', a mapping of "
+            "Uniform's or Float's fields, or None"
         )
-    fields = {field.name for field in dataclasses.fields(Uniform)}
+    kind: type[Uniform | Float] = Float if "format" in spec else Uniform
+    fields = {field.name for field in dataclasses.fields(kind)}
     for name in spec:
         if name not in fields:
-            raise UsageError(
-                f"{key}.{name}: Uniform has no such field; it takes {sorted(fields)}{did_you_mean(name, fields)}"
-            )
+            hint = did_you_mean(name, fields)
+            raise UsageError(f"{key}.{name}: {kind.__name__} has no such field; it takes {sorted(fields)}{hint}")
+    if kind is Uniform and spec.get("grid", "symmetric") not in GRIDS:
+        hint = did_you_mean(spec["grid"], (*GRIDS, *FORMATS))
+        raise UsageError(f"{key}.grid={spec['grid']!r}: give a grid of {GRIDS}, or a small float of {FORMATS}.{hint}")
     values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()}
     try:
-        return Uniform(**values)
+        return kind(**values)
     except (UsageError, TypeError) as error:
         raise UsageError(f"{key}.{error}") from None
 

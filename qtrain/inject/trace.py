@@ -18,6 +18,7 @@ from qtrain.errors import UsageError
 from qtrain.inject.rules import Rule
 from qtrain.precision import Precision
 from qtrain.quantizers import Contraction, Conv, Dot, Operands, Quantizer, Traced, layout, noise
+from qtrain.quantizers.native import Paths
 
 Array = jax.Array
 Contract = Callable[[Contraction, Operands, Array, Array, Traced], Array]
@@ -61,7 +62,12 @@ class Record:
     op: str
     lhs: jax.ShapeDtypeStruct
     rhs: jax.ShapeDtypeStruct
-    contracted: tuple[tuple[int, ...], tuple[int, ...]]
+    contraction: Contraction
+
+    @property
+    def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The contracted axes of each operand."""
+        return self.contraction.contracted
 
 
 @dataclasses.dataclass
@@ -74,6 +80,7 @@ class Trace:
       seed: noise seed, for rules that round stochastically.
       create_statistics: whether running ranges are being created (initialisation).
       contract: carries out a quantized contraction.
+      choose: how its products are computed, from the rule, what was seen, and the bits; None: in float.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -82,6 +89,7 @@ class Trace:
     seed: Array | None = None
     create_statistics: bool = False
     contract: Contract | None = None
+    choose: Callable[[Rule, Record, Precision], Paths] | None = None
     records: dict[str, Record] = dataclasses.field(default_factory=dict)
     modules: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -151,14 +159,16 @@ class _Injected:
         op = _dot(*args, **kwargs) if self.op == "dot" else _conv(*args, **kwargs)
         trace, path, rule = self.trace, self.path, self.rule
         contracted = op.contracted
-        trace.records.setdefault(path, Record(path, self.module, self.op, _shape(lhs), _shape(rhs), contracted))
+        record = Record(path, self.module, self.op, _shape(lhs), _shape(rhs), op)
+        trace.records.setdefault(path, record)
         if rule is not None and trace.create_statistics:
             self._statistics("acts", rule.act_quantizer, lhs, contracted[0])
             self._statistics("weights", rule.weight_quantizer, rhs, contracted[1])
         if rule is None or trace.bits is None:
             return op(lhs, rhs)
         bits = effective_bits(rule, trace.precision(path))
-        operands = Operands(rule.act_quantizer, rule.weight_quantizer, rule.grad_quantizer, rule.residuals)
+        paths = Paths() if trace.choose is None else trace.choose(rule, record, bits)
+        operands = Operands(rule.act_quantizer, rule.weight_quantizer, rule.grad_quantizer, rule.residuals, paths)
         used = ((operands.lhs, bits.acts), (operands.rhs, bits.weights), (operands.grad, bits.grads))
         seed = self._seed(path, any(q is not None and b is not None and q.stochastic for q, b in used))
         traced = Traced(

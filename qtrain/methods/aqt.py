@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 
-from qtrain.errors import UsageError
+from qtrain.errors import UsageError, did_you_mean
 from qtrain.inject import Rule
 from qtrain.quantizers import Contraction, Conv, Dot, Operands, Traced, Uniform
+
+_RESIDUALS = ("quantized", "original")
 
 
 def aqt_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
@@ -18,7 +20,22 @@ def aqt_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
 
     AQT's convolution has no quantized backward pass, so none is used: the baseline quantizes the forward pass, as
     ``config_v4(dlhs_bits=None, drhs_bits=None)`` and ``fully_quantized(bwd_bits=None)`` do.
+
+    Raises:
+      UsageError: for a rule that asks for an execution, or for residuals, which AQT does not have.
     """
+    for rule in rules:
+        if rule.execution != "fake":
+            raise UsageError(
+                f"quant.backend='aqt' with execution={rule.execution!r}: AQT carries out its contractions its own way; "
+                "use quant.execution='fake', or quant.backend='qtrain'"
+            )
+        if rule.residuals not in _RESIDUALS:
+            near = did_you_mean(rule.residuals, _RESIDUALS)
+            raise UsageError(
+                f"quant.backend='aqt' with residuals={rule.residuals!r}: AQT has {_RESIDUALS} alone; give one of "
+                f"these, or use quant.backend='qtrain'.{near}"
+            )
     grid = Uniform("aqt", per="channel")
     return tuple(
         dataclasses.replace(

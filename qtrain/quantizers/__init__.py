@@ -5,30 +5,31 @@ A quantizer is a frozen dataclass of static choices. ``q(x, bits)`` is the fake-
 """
 
 from qtrain.quantizers.base import FLOAT_BITS, Quantizer, straight_through, straight_through_inside
-from qtrain.quantizers.contraction import (
-    RESIDUALS,
-    Contraction,
-    Conv,
-    Dot,
-    Operands,
-    Traced,
-    contract,
-    quantize_cotangent,
-)
+from qtrain.quantizers.coded import Coded
+from qtrain.quantizers.contraction import RESIDUALS, Operands, Traced, contract, quantize_cotangent
+from qtrain.quantizers.formats import FORMATS
 from qtrain.quantizers.granularity import Layout, layout
+from qtrain.quantizers.native import WIDEST, Paths
+from qtrain.quantizers.operations import Contraction, Conv, Dot
+from qtrain.quantizers.small_float import Float
 from qtrain.quantizers.uniform import GRIDS, ROUNDINGS, AffineScale, Uniform
 
 __all__ = [
     "FLOAT_BITS",
+    "FORMATS",
     "GRIDS",
     "RESIDUALS",
     "ROUNDINGS",
+    "WIDEST",
     "AffineScale",
+    "Coded",
     "Contraction",
     "Conv",
     "Dot",
+    "Float",
     "Layout",
     "Operands",
+    "Paths",
     "Quantizer",
     "Traced",
     "Uniform",

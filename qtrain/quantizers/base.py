@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtrain.errors import UsageError
+from qtrain.quantizers.coded import Coded
 
 Array = jax.Array
 Axes = Sequence[int]
@@ -36,6 +37,26 @@ class Quantizer(abc.ABC):
     def ema(self) -> float | None:
         """Momentum of the range statistics that are kept in ``quant_stats``; None keeps none."""
         return None
+
+    @property
+    def code_dtype(self) -> str | None:
+        """What `coded` gives: "int8", the name of an 8-bit float, or None where there are no such codes."""
+        return None
+
+    def coded(
+        self,
+        x: Array,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        key: Array | None = None,
+        axes: Axes | None = None,
+    ) -> Coded:
+        """`x` in 8 bits an element, for native execution: what it decodes to is what a call gives, at up to 8 bits.
+
+        Arguments are those of a call. Widths above 8 are not checked, and would overflow.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no 8-bit codes")
 
     @abc.abstractmethod
     def __call__(

@@ -1,4 +1,4 @@
-"""Quantized dot products and convolutions: both operands on their grids, and a backward pass that says what it sees."""
+"""Quantized contractions: both operands on their grids, and a backward pass that says what it sees."""
 
 from __future__ import annotations
 
@@ -7,77 +7,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.quantizers import noise
-from qtrain.quantizers.base import Array, Quantizer, static_bits
+from qtrain.quantizers import native
+from qtrain.quantizers.base import FLOAT_BITS, Array, Quantizer, static_bits
+from qtrain.quantizers.coded import folding
+from qtrain.quantizers.granularity import layout
+from qtrain.quantizers.operations import Contraction
 
-RESIDUALS = ("quantized", "original")
-
-
-@dataclasses.dataclass(frozen=True)
-class Dot:
-    """``lax.dot_general`` with its static choices bound: a hashable function of two operands."""
-
-    dimension_numbers: Any
-    precision: Any = None
-    preferred_element_type: Any = None
-    out_sharding: Any = None
-
-    def __call__(self, lhs: Array, rhs: Array) -> Array:
-        """The contraction, in float."""
-        extra = {} if self.out_sharding is None else {"out_sharding": self.out_sharding}
-        return lax.dot_general(
-            lhs,
-            rhs,
-            self.dimension_numbers,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-            **extra,
-        )
-
-    @property
-    def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The contracted axes of each operand."""
-        (lhs, rhs), _ = self.dimension_numbers
-        return tuple(lhs), tuple(rhs)
-
-
-@dataclasses.dataclass(frozen=True)
-class Conv:
-    """``lax.conv_general_dilated`` with its static choices bound: a hashable function of two operands."""
-
-    window_strides: tuple[int, ...]
-    padding: Any
-    lhs_dilation: tuple[int, ...] | None = None
-    rhs_dilation: tuple[int, ...] | None = None
-    dimension_numbers: Any = None
-    feature_group_count: int = 1
-    batch_group_count: int = 1
-    precision: Any = None
-    preferred_element_type: Any = None
-
-    def __call__(self, lhs: Array, rhs: Array) -> Array:
-        """The convolution, in float."""
-        return lax.conv_general_dilated(lhs, rhs, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-
-    @property
-    def contracted(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The axes of each operand along which one scale is shared.
-
-        A pixel is contracted by some outputs and not by others, so a scale per pixel does not factor out of the sum:
-        all axes but the examples (lhs) and the filters (rhs).
-        """
-        ndim = len(self.window_strides) + 2
-        numbers = lax.conv_dimension_numbers((1,) * ndim, (1,) * ndim, self.dimension_numbers)
-        return (
-            tuple(axis for axis in range(ndim) if axis != numbers.lhs_spec[0]),
-            tuple(axis for axis in range(ndim) if axis != numbers.rhs_spec[0]),
-        )
-
-
-Contraction = Dot | Conv
+RESIDUALS = ("quantized", "original", "folded", "requantized")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +27,29 @@ class Operands:
     Attributes:
       lhs, rhs: quantizers of the two operands.
       grad: quantizer of the cotangent of the result.
-      residuals: what the backward pass multiplies the cotangent with: the "quantized" operands (the straight-through
-        gradient of the product that was computed; AQT's `fully_quantized`, CPT), or the "original" ones (AQT's
-        `config_v4` default). At 4 bits the two gradients differ by about 10 % in norm. Either way what the product
-        hands back then passes through the gradient of each operand's own quantizer.
+      residuals: what the backward pass multiplies the quantized cotangent ĝ with.
+
+        * "quantized": the quantized operands x̂, ŵ (the straight-through gradient of the product that was computed;
+          AQT's `fully_quantized`, CPT).
+        * "original": the operands as they were (AQT's `config_v4` default). At 4 bits the two gradients differ by about
+          10 % in norm.
+        * "folded": x̂ and ŵ, and ĝ = Q(g·f)/f with f = s_x·s_w, the product of their scales where an operand has
+          several. A scale that varies along a contraction (one per filter in the input gradient, one per example in
+          the weight gradient) does not factor out of an integer sum; folded into the cotangent before that is
+          quantized, it does. The gradient's step size then differs from filter to filter, in inverse proportion to
+          the weights' scales; with a single scale on each operand it equals "quantized".
+        * "requantized": each operand that has several scales, put on the same grid once more with a single one:
+          Q'(x̂), Q'(ŵ).
+
+        What the product hands back then passes through the gradient of each operand's own quantizer.
+      paths: which of the three products run on integer codes, see `qtrain.quantizers.native`.
     """
 
     lhs: Quantizer | None = None
     rhs: Quantizer | None = None
     grad: Quantizer | None = None
     residuals: str = "quantized"
+    paths: native.Paths = native.FLOAT
 
     def __post_init__(self) -> None:
         if self.residuals not in RESIDUALS:
@@ -118,25 +71,96 @@ class Traced(NamedTuple):
 def contract(op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced: Traced) -> Array:
     """``op(Q(lhs), Q(rhs))``, with the cotangent of the result quantized before it reaches either operand.
 
-    A quantizer or width of None leaves that operand as it is.
+    A quantizer or width of None leaves that operand as it is. Products that ``operands.paths`` names run on codes where
+    both operands have a width, a number each; an array of widths (one per channel) is carried out in float.
 
     Raises:
-      UsageError: for a concrete width that is none, or stochastic rounding without a seed.
+      UsageError: for a concrete width that is none or too wide for its path, or stochastic rounding without a seed.
     """
-    quantized = _quantized(op, operands, lhs, rhs, traced)
+    paths = operands.paths
+    both = operands.lhs is not None and operands.rhs is not None
+    widths = (traced.lhs_bits, traced.rhs_bits, traced.grad_bits)
+    if not paths.native or not both or None in widths[:2] or any(jnp.ndim(b) for b in widths if b is not None):
+        return _fake(op, operands, lhs, rhs, traced)
+    concrete = [None if b is None else static_bits(b) for b in widths]
+    wide = [b for b in concrete if b is not None and b > native.WIDEST]
+    if wide and not paths.switch:
+        raise UsageError(f"bits: {wide[0]} do not fit 8-bit codes; give at most {native.WIDEST}, or execution='fake'")
+    if not paths.switch:
+        return native.contract(op, operands, lhs, rhs, traced)
+    return _switched(op, operands, tuple(concrete), lhs, rhs, traced)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _switched(op: Contraction, operands: Operands, concrete: Any, lhs: Array, rhs: Array, traced: Traced) -> Array:
+    """Both programs; the width of the step chooses, for the product and for its backward pass."""
+    traced = _with_concrete(traced, concrete)
+    return lax.cond(
+        _fits(traced.lhs_bits, traced.rhs_bits),
+        lambda: native.contract(op, operands, lhs, rhs, traced),
+        lambda: _fake(op, operands, lhs, rhs, traced),
+    )
+
+
+def _switched_forward(
+    op: Contraction, operands: Operands, concrete: Any, lhs: Array, rhs: Array, traced: Traced
+) -> tuple[Array, Any]:
+    # Not the codes: the float program has none. The backward pass encodes once more.
+    return _switched(op, operands, concrete, lhs, rhs, traced), (lhs, rhs, traced)
+
+
+def _switched_backward(op: Contraction, operands: Operands, concrete: Any, saved: Any, g: Array) -> Any:
+    lhs, rhs, traced = saved
+    traced = _with_concrete(traced, concrete)
+
+    def through(execute: Any) -> Any:
+        return lambda: jax.vjp(lambda a, b: execute(op, operands, a, b, traced), lhs, rhs)[1](g)
+
+    grad_bits = () if operands.grad is None or traced.grad_bits is None else (traced.grad_bits,)
+    fits = _fits(traced.lhs_bits, traced.rhs_bits, *grad_bits)
+    return (*lax.cond(fits, through(native.contract), through(_fake)), None)
+
+
+_switched.defvjp(_switched_forward, _switched_backward)
+
+
+def _with_concrete(traced: Traced, concrete: Any) -> Traced:
+    """`traced` with its widths that are Python numbers as such again, after a transformation made arrays of them."""
+    given = (traced.lhs_bits, traced.rhs_bits, traced.grad_bits)
+    lhs, rhs, grad = (array if number is None else number for number, array in zip(concrete, given, strict=True))
+    return traced._replace(lhs_bits=lhs, rhs_bits=rhs, grad_bits=grad)
+
+
+def _fits(*bits: Any) -> Array:
+    return jnp.all(jnp.stack([jnp.asarray(b) <= native.WIDEST for b in bits]))
+
+
+def _fake(op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced: Traced) -> Array:
+    lhs_q, rhs_q = _quantized(op, operands, lhs, rhs, traced)
+    factor = None
     if operands.residuals == "original":
-        out = _contract_original(op, *quantized, lax.stop_gradient(lhs), lax.stop_gradient(rhs))
+        out = _contract_other(op, lhs_q, rhs_q, lax.stop_gradient(lhs), lax.stop_gradient(rhs))
+    elif operands.residuals == "requantized":
+        left = _requantized(operands.lhs, lhs_q, traced.lhs_bits, op.contracted[0])
+        right = _requantized(operands.rhs, rhs_q, traced.rhs_bits, op.contracted[1])
+        out = _contract_other(op, lhs_q, rhs_q, left, right)
     else:
-        out = op(*quantized)
+        out = op(lhs_q, rhs_q)
+        if operands.residuals == "folded":
+            left_factor = _factor(operands.lhs, lhs, traced.lhs_bits, traced.lhs_params, op.contracted[0])
+            right_factor = _factor(operands.rhs, rhs, traced.rhs_bits, traced.rhs_params, op.contracted[1])
+            factor = native.folding_factor(op, left_factor, right_factor, lhs.ndim, rhs.ndim)
     if operands.grad is not None and traced.grad_bits is not None:
         static_bits(traced.grad_bits)  # Now: the backward pass is late, and may never come.
-        out = quantize_cotangent(operands.grad, out, traced.grad_bits, _fold(traced.seed, 2))
+        out = quantize_cotangent(operands.grad, out, traced.grad_bits, native.fold(traced.seed, 2), factor)
     return out
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def quantize_cotangent(quantizer: Quantizer, y: Array, bits: Any, seed: Array | None) -> Array:
-    """`y` itself; its cotangent g becomes Q_bits(g).
+def quantize_cotangent(
+    quantizer: Quantizer, y: Array, bits: Any, seed: Array | None, factor: Array | None = None
+) -> Array:
+    """`y` itself; its cotangent g becomes Q_bits(g), or Q_bits(g·factor)/factor.
 
     CPT's gradient node: placed on a layer's output, the same quantized cotangent feeds the input gradient and the
     weight gradient.
@@ -144,46 +168,69 @@ def quantize_cotangent(quantizer: Quantizer, y: Array, bits: Any, seed: Array | 
     return y
 
 
-def _cotangent_forward(quantizer: Quantizer, y: Array, bits: Any, seed: Array | None) -> tuple[Array, Any]:
-    return quantize_cotangent(quantizer, y, bits, seed), (bits, seed)
+def _cotangent_forward(
+    quantizer: Quantizer, y: Array, bits: Any, seed: Array | None, factor: Array | None = None
+) -> tuple[Array, Any]:
+    return quantize_cotangent(quantizer, y, bits, seed, factor), (bits, seed, factor)
 
 
-def _cotangent_backward(quantizer: Quantizer, residuals: Any, g: Array) -> tuple[Array, None, None]:
-    bits, seed = residuals
-    return quantizer(g, bits, key=seed), None, None
+def _cotangent_backward(quantizer: Quantizer, residuals: Any, g: Array) -> tuple[Array, None, None, None]:
+    bits, seed, factor = residuals
+    if factor is None:
+        return quantizer(g, bits, key=seed), None, None, None
+    scaled = quantizer(g.astype(jnp.float32) * factor, bits, key=seed)
+    return (scaled / factor).astype(g.dtype), None, None, None
 
 
 quantize_cotangent.defvjp(_cotangent_forward, _cotangent_backward)
 
 
-def _fold(seed: Array | None, role: int) -> Array | None:
-    return None if seed is None else noise.fold(seed, role)
-
-
 def _quantized(op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced: Traced) -> tuple[Array, Array]:
     lhs_axes, rhs_axes = op.contracted
+    seed = traced.seed
     if operands.lhs is not None and traced.lhs_bits is not None:
-        lhs = operands.lhs(lhs, traced.lhs_bits, traced.lhs_params, key=_fold(traced.seed, 0), axes=lhs_axes)
+        lhs = operands.lhs(lhs, traced.lhs_bits, traced.lhs_params, key=native.fold(seed, 0), axes=lhs_axes)
     if operands.rhs is not None and traced.rhs_bits is not None:
-        rhs = operands.rhs(rhs, traced.rhs_bits, traced.rhs_params, key=_fold(traced.seed, 1), axes=rhs_axes)
+        rhs = operands.rhs(rhs, traced.rhs_bits, traced.rhs_params, key=native.fold(seed, 1), axes=rhs_axes)
     return lhs, rhs
 
 
+def _several(quantizer: Quantizer | None, x: Array, bits: Any, axes: tuple[int, ...]) -> bool:
+    """Whether an operand is quantized with several scales."""
+    if quantizer is None or bits is None or not hasattr(quantizer, "per"):
+        return False
+    return layout(x.shape, quantizer.per, axes).num_scales > 1
+
+
+def _factor(quantizer: Any, x: Array, bits: Any, params: Any, axes: tuple[int, ...]) -> Array | None:
+    if not _several(quantizer, x, bits, axes) or isinstance(quantizer.per, int):
+        return None  # a group of rows has a scale in the middle of the contraction, which no factor can stand for
+    concrete = static_bits(bits)
+    if concrete is not None and concrete >= FLOAT_BITS:
+        return None
+    return folding(quantizer.scale(x, bits, params, axes=axes))
+
+
+def _requantized(quantizer: Any, x: Array, bits: Any, axes: tuple[int, ...]) -> Array:
+    x = lax.stop_gradient(x)
+    return native.single(quantizer)(x, bits) if _several(quantizer, x, bits, axes) else x
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _contract_original(op: Contraction, lhs_q: Array, rhs_q: Array, lhs: Array, rhs: Array) -> Array:
+def _contract_other(op: Contraction, lhs_q: Array, rhs_q: Array, lhs: Array, rhs: Array) -> Array:
     """``op(lhs_q, rhs_q)``; its gradient with respect to these two is that of ``op`` at (lhs, rhs)."""
     return op(lhs_q, rhs_q)
 
 
-def _original_forward(
+def _other_forward(
     op: Contraction, lhs_q: Array, rhs_q: Array, lhs: Array, rhs: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    return _contract_original(op, lhs_q, rhs_q, lhs, rhs), (lhs, rhs)
+    return _contract_other(op, lhs_q, rhs_q, lhs, rhs), (lhs, rhs)
 
 
-def _original_backward(op: Contraction, residuals: tuple[Array, Array], g: Array) -> Any:
+def _other_backward(op: Contraction, residuals: tuple[Array, Array], g: Array) -> Any:
     _, vjp = jax.vjp(op, *residuals)
     return (*vjp(g), None, None)
 
 
-_contract_original.defvjp(_original_forward, _original_backward)
+_contract_other.defvjp(_other_forward, _other_backward)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.quantizers import noise
 from qtrain.quantizers.base import (
     FLOAT_BITS,
     Array,
@@ -23,16 +21,15 @@ from qtrain.quantizers.base import (
     straight_through,
     straight_through_inside,
 )
+from qtrain.quantizers.coded import Coded
 from qtrain.quantizers.granularity import Layout, Per, check_per, layout
+from qtrain.quantizers.scales import positive, reduce_range, round_stochastically
 
 GRIDS = ("symmetric", "aqt", "affine", "unsigned", "sign")
 ROUNDINGS = ("nearest", "stochastic", "floor")
 
 # Room for the roundings of s, 1/s and x·(1/s), so that a value on a grid point is not floored to the one below.
 _FLOOR_SLACK = 2.0**-21
-
-# The smallest normal float32: a scale is never zero, and its reciprocal is finite. CPT's 1e-8 would flatten gradients.
-_SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 
 
 class AffineScale(NamedTuple):
@@ -119,6 +116,11 @@ class Uniform(Quantizer):
         """Momentum of the running range, or None."""
         return self.statistics
 
+    @property
+    def code_dtype(self) -> str:
+        """int8: every grid of at most 8 bits has that many codes."""
+        return "int8"
+
     def describe(self) -> str:
         """The choices that differ from plain rounding, in a few words: ``affine/tensor stochastic``."""
         words = [f"{self.grid}/{self.per}"]
@@ -162,10 +164,7 @@ class Uniform(Quantizer):
         quantized = quantized.reshape(x.shape)
         if not self.clip_gradient:
             return straight_through(x, quantized)
-        low, high = self._bounds(bits)
-        # The scale's own rounding must not push the tensor's largest value, which may lie exactly half a step out.
-        slack = 1.0 + 2.0 * float(jnp.finfo(x.dtype).eps)
-        inside = (in_steps >= (low - 0.5) * slack) & (in_steps <= (high + 0.5) * slack) | (bits >= FLOAT_BITS)
+        inside = self._inside(in_steps, bits, x.dtype) | (bits >= FLOAT_BITS)
         return straight_through_inside(x, quantized, inside.reshape(x.shape))
 
     def encode(
@@ -197,6 +196,44 @@ class Uniform(Quantizer):
         codes, _ = self._codes(values, bits, scale, key)
         return codes.astype(jnp.int32).reshape(x.shape), scale
 
+    def coded(
+        self,
+        x: Array,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        key: Array | None = None,
+        axes: Axes | None = None,
+    ) -> Coded:
+        """`x` as int8 codes, for widths of at most 8 bits; see `Quantizer.coded`. Not with a group size."""
+        concrete = static_bits(bits)
+        view = layout(x.shape, self.per, axes)
+        values = lax.stop_gradient(x)
+        bits = jnp.asarray(bits if concrete is None else concrete)
+        scale = self._scale(values, bits, view, params, concrete)
+        codes, in_steps = self._codes(values, bits, scale, key)
+        offset = None
+        if self.grid in ("affine", "unsigned"):
+            step = (scale.scale if isinstance(scale, AffineScale) else scale).astype(jnp.float32)
+            half = power_of_two(bits - 1)
+            codes = codes - half
+            offset = step * half
+            if isinstance(scale, AffineScale):
+                offset = offset + scale.offset.astype(jnp.float32)
+            scale = step
+        inside = self._inside(in_steps, bits, x.dtype) if self.clip_gradient else None
+        return Coded(codes.astype(jnp.int8), scale.astype(jnp.float32), offset, inside)
+
+    def scale(
+        self, x: Array, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
+    ) -> Array:
+        """The step size of the grid at `bits`, float32, one for each group of elements that share it (axes kept)."""
+        concrete = static_bits(bits)
+        view = layout(x.shape, self.per, axes)
+        bits = jnp.asarray(bits if concrete is None else concrete)
+        scale = self._scale(lax.stop_gradient(x).reshape(view.shape), bits, view, params, concrete)
+        return (scale.scale if isinstance(scale, AffineScale) else scale).astype(jnp.float32)
+
     def decode(self, codes: Array, scale: Any, *, axes: Axes | None = None) -> Array:
         """The values that `codes` stand for, in the dtype of `scale`; equals the call on what was encoded, exactly."""
         view = layout(codes.shape, self.per, axes)
@@ -209,7 +246,7 @@ class Uniform(Quantizer):
         """
         view = layout(x.shape, self.per, axes)
         values = lax.stop_gradient(x).reshape(view.shape)
-        return {name: _reduce(values, name, view.axes) for name in self._statistics_names}
+        return {name: reduce_range(values, name, view.axes) for name in self._statistics_names}
 
     @property
     def _statistics_names(self) -> tuple[str, ...]:
@@ -219,17 +256,17 @@ class Uniform(Quantizer):
         self, values: Array, bits: Array, view: Layout, params: Mapping[str, Array] | None, concrete: int | None
     ) -> Any:
         def statistic(name: str) -> Array:
-            return _reduce(values, name, view.axes) if params is None else params[name].reshape(view.scale_shape)
+            return reduce_range(values, name, view.axes) if params is None else params[name].reshape(view.scale_shape)
 
         dtype = values.dtype
         if self.grid == "affine":
             lowest = statistic("min").astype(dtype).astype(jnp.float32)
             step = (statistic("max") - lowest) * (1.0 / self._bounds(bits)[1])
-            return AffineScale(_positive(step).astype(dtype), lowest.astype(dtype))
+            return AffineScale(positive(step).astype(dtype), lowest.astype(dtype))
         if self.grid == "unsigned":
-            return _positive(statistic("max") * (1.0 / self._bounds(bits)[1])).astype(dtype)
+            return positive(statistic("max") * (1.0 / self._bounds(bits)[1])).astype(dtype)
         if self.grid == "sign":
-            return _positive(statistic("absmean")).astype(dtype)
+            return positive(statistic("absmean")).astype(dtype)
         inverse = 1.0 / (self._bounds(bits)[1] + (0.5 if self.grid == "aqt" else 0.0))
 
         def both() -> Array:
@@ -240,12 +277,12 @@ class Uniform(Quantizer):
 
         if concrete is not None:
             step = statistic("absmean") if concrete == 1 else statistic("absmax") * inverse
-            return _positive(step).astype(dtype)
+            return positive(step).astype(dtype)
         # A CPU pays for each pass over the tensor; an accelerator fuses the two reductions and pays for the branch.
         # Outside a trace a branch would be compiled anew by every call.
         branch = isinstance(values, jax.core.Tracer) and not bits.ndim and params is None
         step = lax.platform_dependent(cpu=one, default=both) if branch else both()
-        return _positive(step).astype(dtype)
+        return positive(step).astype(dtype)
 
     def _bounds(self, bits: Array) -> tuple[Array, Array]:
         """Lowest and highest code at `bits`, float32."""
@@ -256,6 +293,12 @@ class Uniform(Quantizer):
             return jnp.float32(-1.0), jnp.float32(1.0)
         high = jnp.maximum(power_of_two(bits - 1) - 1.0, 1.0)
         return -high, high
+
+    def _inside(self, in_steps: Array, bits: Array, dtype: Any) -> Array:
+        low, high = self._bounds(bits)
+        # The scale's own rounding must not push the tensor's largest value, which may lie exactly half a step out.
+        slack = 1.0 + 2.0 * float(jnp.finfo(dtype).eps)
+        return (in_steps >= (low - 0.5) * slack) & (in_steps <= (high + 0.5) * slack)
 
     def _codes(self, values: Array, bits: Array, scale: Any, key: Array | None) -> tuple[Array, Array]:
         """Whole codes as float32, and x/s before rounding."""
@@ -268,12 +311,7 @@ class Uniform(Quantizer):
         if self.grid == "sign":
             return jnp.where(values >= 0, 1.0, -1.0), in_steps
         if self.rounding == "stochastic":
-            if key is None:
-                raise UsageError("rounding='stochastic' needs a key: pass key=, or rngs={'quant': key} to apply")
-            words = noise.seed(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-            below = jnp.floor(in_steps)
-            # Not ⌊x/s + u⌋: the sum is rounded, which would lift codes of many bits, even those on the grid.
-            rounded = jnp.where(noise.uniform(words, in_steps.shape, step) < in_steps - below, below + 1.0, below)
+            rounded = round_stochastically(in_steps, key, step)
         elif self.rounding == "floor":
             rounded = jnp.floor(jnp.maximum(in_steps * (1 - _FLOOR_SLACK), in_steps * (1 + _FLOOR_SLACK)))
         else:
@@ -289,20 +327,3 @@ class Uniform(Quantizer):
             values = codes * scale.scale.astype(jnp.float32) + scale.offset.astype(jnp.float32)
             return values.astype(scale.scale.dtype)
         return (codes * scale.astype(jnp.float32)).astype(scale.dtype)
-
-
-def _reduce(values: Array, name: str, axes: tuple[int, ...]) -> Array:
-    """A range statistic over `axes`, kept, float32; of an empty tensor it is 0."""
-    values = values.astype(jnp.float32)
-    if name == "absmean":
-        count = max(math.prod(values.shape[axis] for axis in axes), 1)
-        return jnp.sum(jnp.abs(values), axis=axes, keepdims=True) / count
-    if name == "absmax":
-        return jnp.max(jnp.abs(values), axis=axes, keepdims=True, initial=0.0)
-    if name == "min":
-        return jnp.min(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
-    return jnp.max(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
-
-
-def _positive(step: Array) -> Array:
-    return jnp.maximum(step, _SMALLEST)

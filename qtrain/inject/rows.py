@@ -1,0 +1,89 @@
+"""The rows of a plan: what was resolved, joined with what was counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from qtrain.cost import marker
+from qtrain.cost.ops import Ops
+from qtrain.inject.plan import Row, narrow
+from qtrain.inject.resolve import Resolved
+from qtrain.inject.rules import Rule
+from qtrain.inject.trace import op_bits
+from qtrain.quantizers import Quantizer, layout
+
+
+def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops) -> tuple[Row, ...]:
+    """A row for each layer, quantized or not, and for whatever else multiplies, in order of execution."""
+    macs: dict[str, int] = {}
+    unmarked: dict[str, Ops] = {}
+    for path, group in ops.by_path().items():
+        plain = Ops(op for op in group if op.marker is None)
+        macs[path] = sum(op.forward for op in group if op.marker is not None)
+        if plain:
+            unmarked[path] = plain
+    found = []
+    for path, record in resolved.records.items():
+        index = resolved.assigned.get(path)
+        if index is None:
+            note = "no rule"
+            found.append(
+                Row(path, record.module, record.op, marker.OpBits(path), note=note, macs=_take(unmarked, path))
+            )
+            continue
+        rule = rules[index]
+        bits = op_bits(path, rule)
+        scales = 0
+        if rule.weight_quantizer is not None and hasattr(rule.weight_quantizer, "per"):
+            scales = layout(record.rhs.shape, rule.weight_quantizer.per, record.contracted[1]).num_scales
+            # A kernel that is stacked for a scan or vmap has the scales of every iteration.
+            stacked = max((op.rhs.parameter_size for op in ops.by_path().get(path, ())), default=0)
+            scales *= max(stacked // max(math.prod(record.rhs.shape), 1), 1)
+        found.append(
+            Row(
+                path,
+                record.module,
+                record.op,
+                bits,
+                weights=_describe(rule.weight_quantizer),
+                acts=_describe(rule.act_quantizer),
+                grads=_describe(rule.grad_quantizer),
+                bias=_describe(rule.bias_quantizer),
+                residuals=rule.residuals,
+                macs=macs.get(path, 0) or _take(unmarked, path),
+                weight_scales=scales,
+                note=_note(rule, bits),
+            )
+        )
+    for path, note in resolved.notes.items():
+        found.append(Row(path, resolved.modules[path], "", marker.OpBits(path), note=note, macs=_take(unmarked, path)))
+    for path, group in unmarked.items():
+        kinds = "two activations" if all("weight" not in (op.lhs.kind, op.rhs.kind) for op in group) else "not a layer"
+        note = f"not reached by the injection: {kinds}"
+        module = resolved.modules.get(path, "")
+        found.append(Row(path, module, group[0].kind, marker.OpBits(path), note=note, macs=group.forward))
+    return tuple(found)
+
+
+def _take(unmarked: dict[str, Ops], path: str) -> int:
+    group = unmarked.pop(path, None)
+    return group.forward if group else 0
+
+
+def _note(rule: Rule, bits: marker.OpBits) -> str:
+    notes = []
+    if rule.position != "any":
+        notes.append("first or last layer")
+    if not any(map(narrow, (bits.weights, bits.acts, bits.grads))):
+        notes.append("float by rule")
+    if rule.residuals != "quantized":
+        folded = rule.residuals == "folded"
+        notes.append("scales folded into the cotangent" if folded else f"backward sees {rule.residuals} operands")
+    if rule.bias_quantizer is not None:
+        notes.append(f"bias {rule.bias_quantizer.describe()}")
+    return "; ".join(notes)
+
+
+def _describe(quantizer: Quantizer | None) -> str:
+    return "float" if quantizer is None else quantizer.describe()

@@ -1,0 +1,68 @@
+"""Tensors as codes of at most 8 bits: what an integer (or small-float) multiplication takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qtrain.quantizers.scales import SMALLEST
+
+Array = jax.Array
+
+
+class Coded(NamedTuple):
+    """A quantized tensor in 8 bits an element: x̂ = codes · scale + offset.
+
+    Attributes:
+      codes: int8 (or an 8-bit float), the shape of x.
+      scale: float32, broadcasts against the codes with axes kept: size 1 along every axis that shares a scale.
+      offset: float32 likewise, or None where the grid has its zero at code 0. An affine grid's codes 0 … 2^b − 1 are
+        stored less 2^(b−1), so that they fit int8 at 8 bits; the offset makes up for it.
+      inside: where the quantizer passes the gradient on; None: everywhere.
+    """
+
+    codes: Array
+    scale: Array
+    offset: Array | None = None
+    inside: Array | None = None
+
+    def decode(self) -> Array:
+        """x̂, in float32."""
+        values = self.codes.astype(jnp.float32) * self.scale
+        return values if self.offset is None else values + self.offset
+
+    def gradient(self, g: Array, dtype: jnp.dtype) -> Array:
+        """The gradient of x from that of x̂: straight through, where the quantizer lets it."""
+        return (g if self.inside is None else jnp.where(self.inside, g, 0.0)).astype(dtype)
+
+
+def foldable(coded: Coded) -> tuple[Coded, Array | None]:
+    """`coded` with one scale, and the factors f that made it so: x̂ = f · (codes · 1 + offset/f).
+
+    Where several scales are used, f are the scales: multiplied into the cotangent *before* it is quantized they leave
+    integer codes that contract along any axis. Returns f = None, and `coded` itself, for a single scale.
+
+    A group whose values are all equal has a scale next to zero, and a cotangent times that would be lost; its codes
+    stand for nothing that its offset does not say, so they become 0 and its factor the largest of the others'.
+    """
+    if coded.scale.size == 1:
+        return coded, None
+    factor = folding(coded.scale)
+    codes = jnp.where(_dead(coded.scale), jnp.zeros_like(coded.codes), coded.codes)
+    offset = coded.offset
+    if offset is not None:
+        offset = offset / factor
+    return coded._replace(codes=codes, scale=jnp.ones((1,) * codes.ndim, jnp.float32), offset=offset), factor
+
+
+def folding(scale: Array) -> Array:
+    """The factors of `foldable` for such scales."""
+    dead = _dead(scale)
+    largest = jnp.max(jnp.where(dead, 0.0, scale))
+    return jnp.where(dead, jnp.where(largest > 0, largest, 1.0), scale)
+
+
+def _dead(scale: Array) -> Array:
+    return scale <= 2 * SMALLEST
