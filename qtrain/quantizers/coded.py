@@ -44,17 +44,16 @@ def foldable(coded: Coded) -> tuple[Coded, Array | None]:
     Where several scales are used, f are the scales: multiplied into the cotangent *before* it is quantized they leave
     integer codes that contract along any axis. Returns f = None, and `coded` itself, for a single scale.
 
-    A group whose values are all equal has a scale next to zero, and a cotangent times that would be lost; its codes
-    stand for nothing that its offset does not say, so they become 0 and its factor the largest of the others'.
+    A group whose values are all equal has a scale next to zero, and a cotangent times that would be lost. Its codes are
+    0 (see `without_dead`), so that any factor will do: it gets the largest of the others'.
     """
     if coded.scale.size == 1:
         return coded, None
     factor = folding(coded.scale)
-    codes = jnp.where(_dead(coded.scale), jnp.zeros_like(coded.codes), coded.codes)
     offset = coded.offset
     if offset is not None:
         offset = offset / factor
-    return coded._replace(codes=codes, scale=jnp.ones((1,) * codes.ndim, jnp.float32), offset=offset), factor
+    return coded._replace(scale=jnp.ones((1,) * coded.codes.ndim, jnp.float32), offset=offset), factor
 
 
 def folding(scale: Array) -> Array:
@@ -62,6 +61,11 @@ def folding(scale: Array) -> Array:
     dead = _dead(scale)
     largest = jnp.max(jnp.where(dead, 0.0, scale))
     return jnp.where(dead, jnp.where(largest > 0, largest, 1.0), scale)
+
+
+def without_dead(codes: Array, scale: Array) -> Array:
+    """`codes`, 0 where the scale is next to zero: there the offset says it all."""
+    return jnp.where(_dead(scale), 0.0, codes)
 
 
 def _dead(scale: Array) -> Array:

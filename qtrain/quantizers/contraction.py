@@ -80,7 +80,8 @@ def contract(op: Contraction, operands: Operands, lhs: Array, rhs: Array, traced
     paths = operands.paths
     both = operands.lhs is not None and operands.rhs is not None
     widths = (traced.lhs_bits, traced.rhs_bits, traced.grad_bits)
-    if not paths.native or not both or None in widths[:2] or any(jnp.ndim(b) for b in widths if b is not None):
+    given = [b for b in widths if b is not None]
+    if not paths.native or not both or any(b is None for b in widths[:2]) or any(jnp.ndim(b) for b in given):
         return _fake(op, operands, lhs, rhs, traced)
     concrete = [None if b is None else static_bits(b) for b in widths]
     wide = [b for b in concrete if b is not None and b > native.WIDEST]

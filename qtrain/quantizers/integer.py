@@ -165,18 +165,20 @@ def place(x: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]] |
 
 
 def _within(op: Conv, lhs: Array, rhs: Array) -> Array:
-    """``op`` on codes. On a CPU, padding that would make the result larger than the image is written into the image.
+    """``op`` on codes. On a CPU, padding without which window or result would be larger than the image is written out.
 
-    Such an s8 convolution, or one with a dilated input, has no kernel there: it takes 40 times as long; and where a pad
-    makes it one after XLA has chosen its kernel, that returns garbage.
+    An s8 convolution that is not within its image, or one with a dilated input, has no kernel there and takes 40 times
+    as long; and where a pad makes it one after XLA has chosen its kernel, that returns garbage.
     """
     if jax.default_backend() == "cpu" and lhs.dtype == jnp.int8:
         result = jax.eval_shape(_plain(op, lhs.dtype), lhs, rhs).shape
-        larger = [out > size for out, size in zip(result[1:-1], lhs.shape[1:-1], strict=True)]
-        none = (0, 0)
-        lhs = place(lhs, (1,) * len(larger), [p if big else none for p, big in zip(op.padding, larger, strict=True)])
-        kept = tuple(none if big else p for p, big in zip(op.padding, larger, strict=True))
-        op = dataclasses.replace(op, padding=kept)
+        sizes = zip(rhs.shape[:-2], result[1:-1], lhs.shape[1:-1], strict=True)
+        pairs = [
+            ((0, 0), pair) if max(taps, out) > size else (pair, (0, 0))
+            for (taps, out, size), pair in zip(sizes, op.padding, strict=True)
+        ]
+        lhs = place(lhs, (1,) * len(pairs), [written for _, written in pairs])
+        op = dataclasses.replace(op, padding=tuple(kept for kept, _ in pairs))
     return _plain(op, lhs.dtype)(lhs, rhs)
 
 

@@ -72,7 +72,8 @@ def contract(op: Contraction, operands: Any, lhs: Array, rhs: Array, traced: Any
     arrays = tuple(array if number is None else None for number, array in zip(static, given, strict=True))
     quantized_cotangent = operands.grad is not None and traced.grad_bits is not None
     if not quantized_cotangent:
-        operands = dataclasses.replace(operands, grad=None)
+        paths = dataclasses.replace(operands.paths, dlhs="float", drhs="float")
+        operands = dataclasses.replace(operands, grad=None, paths=paths)
     varying = (arrays, traced.seed, traced.lhs_params, traced.rhs_params)
     return _contract(op, operands, static, lhs, rhs, varying)
 
@@ -175,7 +176,9 @@ def _forward_obstacle(
         return None
     if not op.channels_last:
         return "the convolution is not laid out channels last"
-    if op.batch_group_count > 1 or (op.feature_group_count > 1 and offsets):
+    if op.batch_group_count > 1:
+        return "a convolution in groups of examples runs in float"
+    if op.feature_group_count > 1 and offsets:
         return "a zero point is not corrected in a grouped convolution; use grid='symmetric'"
     length = _size(shapes[1].shape[:-1])
     return f"its window has {length:,} elements, whose sum may not fit int32" if length > integer.LONGEST else None
@@ -197,6 +200,9 @@ def _conv_backward_obstacle(op: Conv, lhs: Any, rhs: Any) -> str | None:
     exact = op.explicit(lhs.shape, rhs.shape)
     if set(exact.lhs_dilation or ()) != {1}:
         return "the backward pass of a convolution with a dilated input runs in float"
+    length = _size(rhs.shape[:-2]) * rhs.shape[-1]
+    if length > integer.LONGEST:
+        return f"its window has {length:,} elements of the cotangent, whose sum may not fit int32"
     if _size(lhs.shape[1:-1]) > integer.LONGEST:
         return f"an image has more than {integer.LONGEST:,} pixels, whose sum may not fit int32"
     return None
@@ -247,13 +253,12 @@ def _backward(op: Contraction, operands: Any, static: Widths, saved: Any, g: Arr
         (a, left_factor), (b, right_factor) = foldable(left), foldable(right)
     elif operands.residuals == "requantized":
         a, b = requantized(operands.lhs, left, lhs_bits), requantized(operands.rhs, right, rhs_bits)
-    g = integer.hold(g)
     cotangent = None
     values = g
     if operands.grad is not None:
         factor = folding_factor(op, left_factor, right_factor, left.codes.ndim, right.codes.ndim)
         scaled = g if factor is None else g.astype(jnp.float32) * factor
-        cotangent = _encode(operands.grad, scaled, grad_bits, None, fold(seed, 2), None)
+        cotangent = _encode(operands.grad, integer.hold(scaled), grad_bits, None, fold(seed, 2), None)
         if "float" in (paths.dlhs, paths.drhs):
             values = cotangent.decode() if factor is None else cotangent.decode() / factor
     shapes = (left.codes.shape, right.codes.shape)
@@ -267,12 +272,12 @@ def _backward(op: Contraction, operands: Any, static: Widths, saved: Any, g: Arr
         dlhs = floats[0]  # type: ignore[index]
     else:
         dlhs = products.lhs_gradient(op, cotangent, b, shapes[0])  # type: ignore[arg-type]
-        dlhs = dlhs if left_factor is None else dlhs / left_factor
+        dlhs = dlhs if left_factor is None else dlhs * (1.0 / left_factor)
     if paths.drhs == "float":
         drhs = floats[1]  # type: ignore[index]
     else:
         drhs = products.rhs_gradient(op, cotangent, a, shapes[1])  # type: ignore[arg-type]
-        drhs = drhs if right_factor is None else drhs / right_factor
+        drhs = drhs if right_factor is None else drhs * (1.0 / right_factor)
     return left.gradient(dlhs, lhs.dtype), right.gradient(drhs, rhs.dtype), None
 
 

@@ -1,7 +1,7 @@
 """Products of coded tensors: integers multiplied, scales put back, zero points corrected.
 
-With x̂ = c·s + o on either side, a·b = s_a s_b (c_a·c_b) + o_a s_b (1·c_b) + s_a o_b (c_a·1) + o_a o_b (1·1), where "1"
-is a tensor of ones *inside* the operand: a convolution's padding is an exact 0, not code 0, so the sums over a window are
+With x̂ = c·s + o on either side, a·b = s_a s_b (c_a·c_b) + o_a s_b (1·c_b) + s_a o_b (c_a·1) + o_a o_b (1·1). Here 1 is
+a tensor of ones *inside* the operand: a convolution's padding is an exact 0, not code 0, so the sums over a window are
 convolutions of a mask of valid pixels. The corrections touch tensors reduced over the channels or the examples.
 
 In a backward product the scale of the second operand is one number, and the cotangent's too: see

@@ -21,7 +21,7 @@ from qtrain.quantizers.base import (
     straight_through,
     straight_through_inside,
 )
-from qtrain.quantizers.coded import Coded
+from qtrain.quantizers.coded import Coded, without_dead
 from qtrain.quantizers.granularity import Layout, Per, check_per, layout
 from qtrain.quantizers.scales import positive, reduce_range, round_stochastically
 
@@ -221,6 +221,7 @@ class Uniform(Quantizer):
             if isinstance(scale, AffineScale):
                 offset = offset + scale.offset.astype(jnp.float32)
             scale = step
+        codes = without_dead(codes, scale.astype(jnp.float32))
         inside = self._inside(in_steps, bits, x.dtype) if self.clip_gradient else None
         return Coded(codes.astype(jnp.int8), scale.astype(jnp.float32), offset, inside)
 
