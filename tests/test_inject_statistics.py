@@ -268,3 +268,23 @@ def test_fixed_layers_and_schedules_mix():
     variables = quantize(MLP(), rules).init(KEY, batch(0))
     assert set(variables["quant_stats"]) == {"Dense_0"}
     assert "quant_stats" not in quantize(MLP(), Rule()).init(KEY, batch(0))
+
+
+def test_delayed_scaling_quantizes_with_the_range_of_the_step_before():
+    quantizer = Uniform("affine", per="tensor", statistics=0.0, delay=True)
+    qmodel = quantize(nn.Dense(6, use_bias=False), Rule(weight_quantizer=None, act_quantizer=quantizer))
+    variables = {**qmodel.init(KEY, batch(0)), "params": {"kernel": jnp.eye(6)}}
+    step, own = trainer(qmodel), Uniform("affine", per="tensor")
+    by_hand = jit(lambda x, before: own(x, BITS.acts, own.range(before)))
+    batches = [batch(index) for index in (0, 2, 1)]
+    for x, before in zip(batches, [batches[0], *batches], strict=False):  # the first has none before it
+        out, variables = step(variables, x, BITS)
+        np.testing.assert_allclose(out, by_hand(x, before), rtol=1e-6, atol=1e-6)
+    assert np.max(batches[1]) > np.max(batches[0]) + 0.5  # so that the second was clipped
+    assert float(variables["quant_stats"]["acts"]["max"].squeeze()) == pytest.approx(float(np.max(batches[2])))
+    assert step._cache_size() == 1
+
+
+def test_delayed_scaling_without_a_range_to_delay():
+    with pytest.raises(UsageError, match=r"delay=True needs a running range.*statistics=0.0"):
+        Uniform(delay=True)

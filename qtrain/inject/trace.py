@@ -208,7 +208,7 @@ class _Injected:
         return None
 
     def _statistics(self, name: str, quantizer: Quantizer | None, x: Array, axes: tuple[int, ...]) -> Any:
-        """The running range to quantize `x` with, or None for its own range; updates it where it may."""
+        """The range to quantize `x` with, or None for its own; updates the running one where it may."""
         momentum = None if quantizer is None else quantizer.ema
         if quantizer is None or momentum is None:
             return None
@@ -228,6 +228,8 @@ class _Injected:
         if not self.trace.create_statistics:
             moved = jax.tree.map(lambda r, new: jnp.where(seen, momentum * r + (1 - momentum) * new, new), ranges, own)
             scope.put_variable(STATISTICS, name, {**moved, "count": running["count"] + 1})
+            if quantizer.delayed:
+                return jax.tree.map(lambda r, new: jnp.where(seen, r, new), ranges, own)
         return None
 
 

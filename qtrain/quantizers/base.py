@@ -39,6 +39,11 @@ class Quantizer(abc.ABC):
         return None
 
     @property
+    def delayed(self) -> bool:
+        """Whether training quantizes with the range kept in ``quant_stats``, that of the steps before."""
+        return False
+
+    @property
     def code_dtype(self) -> str | None:
         """What `coded` gives: "int8", the name of an 8-bit float, or None where there are no such codes."""
         return None

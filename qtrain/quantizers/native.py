@@ -138,19 +138,24 @@ def slower(op: Contraction, operands: Any, lhs: Any, rhs: Any, backend: str) -> 
         return dict.fromkeys(PRODUCTS, "only convolutions over two axes, without groups, are faster on codes on a CPU")
     else:
         macs = out.size * _size(rhs.shape[:-1])
-    ratio = macs / max(lhs.size + rhs.size + out.size, 1)
-    if macs < _FEWEST_MACS or ratio < _LEAST_REUSE:
-        words = f"{macs:,} MACs, {ratio:.0f} for each element that is encoded"
-        return dict.fromkeys(PRODUCTS, f"too small for codes to pay on a CPU ({words})")
-    if isinstance(op, Conv) and rhs.shape[-2] < _FEWEST_CHANNELS:
-        reason = f"{rhs.shape[-2]} input channels have no fast kernel on a CPU"
-        return {"forward": reason, "dlhs": reason}
-    return {}
+    found = {}
+    reuse = macs / max(lhs.size + rhs.size + out.size, 1)
+    if macs < _FEWEST_MACS or reuse < _LEAST_REUSE:
+        words = f"{macs:,} MACs, {reuse:.0f} for each element that is encoded"
+        found = dict.fromkeys(PRODUCTS, f"too small for codes to pay on a CPU ({words})")
+    if isinstance(op, Conv):
+        if rhs.shape[-2] < _FEWEST_CHANNELS:
+            found |= dict.fromkeys(("forward", "dlhs"), f"{rhs.shape[-2]} input channels have no fast kernel on a CPU")
+        if macs >= _FEWEST_MACS_OF_A_KERNEL:
+            found.pop("drhs", None)
+    return found
 
 
 _FEWEST_MACS = 2**20
 _LEAST_REUSE = 24
 _FEWEST_CHANNELS = 8
+_FEWEST_MACS_OF_A_KERNEL = 2**22
+"""The float gradient of a convolution's kernel is slow on a CPU: codes pay there sooner."""
 
 
 def _forward_obstacle(
@@ -298,7 +303,7 @@ def requantized(quantizer: Quantizer, coded: Coded, bits: Any) -> Coded:
 
 def single(quantizer: Quantizer) -> Quantizer:
     """The same grid with one scale, rounded to nearest."""
-    changes = {"per": "tensor", "rounding": "nearest", "statistics": None}
+    changes = {"per": "tensor", "rounding": "nearest", "statistics": None, "delay": False}
     fields = {field.name for field in dataclasses.fields(quantizer)}  # type: ignore[arg-type]
     return dataclasses.replace(quantizer, **{k: v for k, v in changes.items() if k in fields})  # type: ignore[type-var]
 

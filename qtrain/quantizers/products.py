@@ -193,6 +193,9 @@ def _only(values: Array, axes: tuple[int, ...], rest: tuple[int, ...]) -> Array:
 
 def _weighted(codes: Array, weights: Array, axes: tuple[int, ...]) -> Array:
     """Σ over `axes`, which are consecutive, of codes times weights, float32."""
+    if weights.size == 1:
+        # Exact, where a float32 sum over many rows loses what is left of codes that cancel.
+        return jnp.sum(codes, axis=axes, dtype=jnp.int32).astype(jnp.float32) * weights.reshape(())
     rest = codes.ndim - axes[-1] - 1 if axes else 0
     return jnp.sum(codes.astype(jnp.float32) * weights.reshape(*weights.shape, *(1,) * rest), axis=axes)
 

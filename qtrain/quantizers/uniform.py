@@ -78,6 +78,9 @@ class Uniform(Quantizer):
       statistics: momentum m of a running range r ← m·r + (1 − m)·range(x), kept in the collection ``quant_stats``:
         training uses each batch's own range and updates r, evaluation uses r (as CPT does, with 0.9). None: the range
         is always that of the tensor at hand. Not with a scale per example, which has no meaning for another batch.
+      delay: training, too, uses r, as it was before this step (delayed scaling): the scale is known before the tensor
+        is. With ``statistics=0.0`` that is the range of the previous step. What lies beyond it is clipped; the first
+        step uses its own range. Only for weights and activations: a backward pass keeps no statistics.
 
     >>> import jax.numpy as jnp
     >>> q = Uniform(grid="symmetric", per="tensor")
@@ -93,6 +96,7 @@ class Uniform(Quantizer):
     rounding: str = "nearest"
     clip_gradient: bool = False
     statistics: float | None = None
+    delay: bool = False
 
     def __post_init__(self) -> None:
         if self.grid not in GRIDS:
@@ -105,6 +109,10 @@ class Uniform(Quantizer):
         check_per(self.per)
         if self.statistics is not None and not 0.0 <= self.statistics < 1.0:
             raise UsageError(f"statistics={self.statistics!r}: give a momentum in [0, 1), or None for no running range")
+        if self.delay and self.statistics is None:
+            raise UsageError(
+                "delay=True needs a running range to use: give statistics=0.0 for that of the previous step"
+            )
 
     @property
     def stochastic(self) -> bool:
@@ -117,6 +125,11 @@ class Uniform(Quantizer):
         return self.statistics
 
     @property
+    def delayed(self) -> bool:
+        """Whether training uses the running range."""
+        return self.delay
+
+    @property
     def code_dtype(self) -> str:
         """int8: every grid of at most 8 bits has that many codes."""
         return "int8"
@@ -127,6 +140,7 @@ class Uniform(Quantizer):
         words += [self.rounding] if self.rounding != "nearest" else []
         words += ["clip_gradient"] if self.clip_gradient else []
         words += [f"ema={self.statistics}"] if self.statistics is not None else []
+        words += ["delayed"] if self.delay else []
         return " ".join(words)
 
     def __call__(
@@ -270,19 +284,18 @@ class Uniform(Quantizer):
             return positive(statistic("absmean")).astype(dtype)
         inverse = 1.0 / (self._bounds(bits)[1] + (0.5 if self.grid == "aqt" else 0.0))
 
-        def both() -> Array:
-            return jnp.where(bits == 1, statistic("absmean"), statistic("absmax") * inverse)
+        def at_one_bit() -> Array:
+            return statistic("absmean")
 
-        def one() -> Array:
-            return lax.cond(bits == 1, lambda: statistic("absmean"), lambda: statistic("absmax") * inverse)
+        def wider() -> Array:
+            return statistic("absmax") * inverse
 
         if concrete is not None:
-            step = statistic("absmean") if concrete == 1 else statistic("absmax") * inverse
-            return positive(step).astype(dtype)
-        # A CPU pays for each pass over the tensor; an accelerator fuses the two reductions and pays for the branch.
-        # Outside a trace a branch would be compiled anew by every call.
-        branch = isinstance(values, jax.core.Tracer) and not bits.ndim and params is None
-        step = lax.platform_dependent(cpu=one, default=both) if branch else both()
+            step = at_one_bit() if concrete == 1 else wider()
+        elif isinstance(values, jax.core.Tracer) and not bits.ndim and params is None and _branches():
+            step = lax.cond(bits == 1, at_one_bit, wider)
+        else:
+            step = jnp.where(bits == 1, at_one_bit(), wider())
         return positive(step).astype(dtype)
 
     def _bounds(self, bits: Array) -> tuple[Array, Array]:
@@ -328,3 +341,11 @@ class Uniform(Quantizer):
             values = codes * scale.scale.astype(jnp.float32) + scale.offset.astype(jnp.float32)
             return values.astype(scale.scale.dtype)
         return (codes * scale.astype(jnp.float32)).astype(scale.dtype)
+
+
+def _branches() -> bool:
+    """Whether to branch between two ranges instead of computing both: a CPU pays for each pass over the tensor.
+
+    An accelerator fuses the two reductions and pays for the branch. Outside a trace it would be compiled by every call.
+    """
+    return jax.default_backend() == "cpu"
