@@ -13,24 +13,27 @@ Array = jax.Array
 
 
 class Coded(NamedTuple):
-    """A quantized tensor in 8 bits an element: x̂ = codes · scale + offset.
+    """A quantized tensor in 8 bits an element: x̂ = (codes + steps) · scale + offset.
 
     Attributes:
       codes: int8 (or an 8-bit float), the shape of x.
       scale: float32, broadcasts against the codes with axes kept: size 1 along every axis that shares a scale.
-      offset: float32 likewise, or None where the grid has its zero at code 0. An affine grid's codes 0 … 2^b − 1 are
-        stored less 2^(b−1), so that they fit int8 at 8 bits; the offset makes up for it.
+      offset: float32 likewise, or None where a whole number of steps says it all; see
+        `qtrain.quantizers.zero_points.zero_point`.
       inside: where the quantizer passes the gradient on; None: everywhere.
+      steps: whole numbers from −128 to 128, int32, likewise; None: 0.
     """
 
     codes: Array
     scale: Array
     offset: Array | None = None
     inside: Array | None = None
+    steps: Array | None = None
 
     def decode(self) -> Array:
         """x̂, in float32."""
-        values = self.codes.astype(jnp.float32) * self.scale
+        codes = self.codes.astype(jnp.float32)
+        values = (codes if self.steps is None else codes + self.steps.astype(jnp.float32)) * self.scale
         return values if self.offset is None else values + self.offset
 
     def gradient(self, g: Array, dtype: jnp.dtype) -> Array:
@@ -39,7 +42,7 @@ class Coded(NamedTuple):
 
 
 def foldable(coded: Coded) -> tuple[Coded, Array | None]:
-    """`coded` with one scale, and the factors f that made it so: x̂ = f · (codes · 1 + offset/f).
+    """`coded` with one scale, and the factors f that made it so: x̂ = f · ((codes + steps) · 1 + offset/f).
 
     Where several scales are used, f are the scales: multiplied into the cotangent *before* it is quantized they leave
     integer codes that contract along any axis. Returns f = None, and `coded` itself, for a single scale.
@@ -64,7 +67,7 @@ def folding(scale: Array) -> Array:
 
 
 def without_dead(codes: Array, scale: Array) -> Array:
-    """`codes`, 0 where the scale is next to zero: there the offset says it all."""
+    """`codes`, or steps, 0 where the scale is next to zero: there the offset says it all."""
     return jnp.where(_dead(scale), 0.0, codes)
 
 

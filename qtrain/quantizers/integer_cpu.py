@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qtrain.quantizers.operations import Conv
 
@@ -35,8 +36,12 @@ def materialise(x: Array) -> Array:
     """
     if not x.ndim:
         return x
-    # The default mode fills rows that are out of range, which takes twice as long.
-    return jnp.take(x, jnp.arange(x.shape[0]), axis=0, mode="clip")
+    # As `jnp.take` does it, in two operations instead of twenty: a program has a hundred of these to compile.
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(1, x.ndim)), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    rows = lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0)
+    return lax.gather(x, rows, numbers, (1, *x.shape[1:]), mode=lax.GatherScatterMode.CLIP)
 
 
 def widen(op: Conv, lhs: Array, rhs: Array) -> tuple[Conv, Array, Array, tuple[int, ...]] | None:

@@ -1,8 +1,7 @@
 """Products of coded tensors: integers multiplied, scales put back, zero points corrected.
 
-With x̂ = c·s + o on either side, a·b = s_a s_b (c_a·c_b) + o_a s_b (1·c_b) + s_a o_b (c_a·1) + o_a o_b (1·1). Here 1 is
-a tensor of ones *inside* the operand: a convolution's padding is an exact 0, not code 0, so the sums over a window are
-convolutions of a mask of valid pixels. The corrections touch tensors reduced over the channels or the examples.
+A convolution's padding is an exact 0, not code 0, so the sums over a window that zero points need are convolutions of a
+mask of valid pixels. They touch tensors reduced over the channels or the examples; see `qtrain.quantizers.zero_points`.
 
 In a backward product the scale of the second operand is one number, and the cotangent's too: see
 `qtrain.quantizers.native`. Offsets may differ from filter to filter and from example to example.
@@ -11,9 +10,9 @@ In a backward product the scale of the second operand is one number, and the cot
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,97 +21,162 @@ from jax import lax
 from qtrain.quantizers import integer
 from qtrain.quantizers.coded import Coded
 from qtrain.quantizers.operations import Contraction, Conv, Dot
+from qtrain.quantizers.zero_points import Sums, combined
 
 Array = jax.Array
-_Sums = tuple[Callable[[], Array], Callable[[], Array], Callable[[], Any]]
 
 
 def forward(op: Contraction, a: Coded, b: Coded) -> Array:
     """``op`` on the values of `a` and `b`, float32."""
     left, right = spread(op, a.scale, b.scale)
-    codes = integer.dot(op, a.codes, b.codes) if isinstance(op, Dot) else integer.conv(op, a.codes, b.codes)
-    out = codes.astype(jnp.float32) * (left * right)
-    if a.offset is None and b.offset is None:
-        return out
-    sums = _dot_sums(op, a.codes, b.codes) if isinstance(op, Dot) else _conv_sums(op, a.codes, b.codes)
-    left_sum, right_sum, count = sums
-    left_offset, right_offset = spread(op, _or_zero(a), _or_zero(b))
-    if a.offset is not None:
-        out = out + right_sum() * (left_offset * right)
-    if b.offset is not None:
-        out = out + (left_sum() * left + count() * left_offset) * right_offset
-    return out
+    if isinstance(op, Dot):
+        codes = integer.dot(op, a.codes, b.codes)
+        length = math.prod(a.codes.shape[i] for i in op.contracted[0])
+        count = jnp.full((), length, jnp.float32)
+        first = functools.partial(_sum, a.codes, op.contracted[0])
+        second = functools.partial(_sum, b.codes, op.contracted[1])
+        left_sum, right_sum = (lambda: spread(op, first(), b.scale)[0]), (lambda: spread(op, a.scale, second())[1])
+    else:
+        codes, length = integer.conv(op, a.codes, b.codes), math.prod(b.codes.shape[:-1])
+        mask, window = _ones(1, *a.codes.shape[1:-1], 1), _ones(*b.codes.shape[:-2], 1, 1)
+        count = _float(op)(mask, window) * float(b.codes.shape[-2]) if _offsets(a, b) else mask
+        left_sum = lambda: _window_sum(op, _sum(a.codes, (-1,)), b.codes.shape[:-2])  # noqa: E731
+        right_sum = lambda: _float(op)(mask, _sum(b.codes, (-2,)).astype(jnp.float32))  # noqa: E731
+
+    def both(u: Array, v: Array) -> Array:
+        u, v = spread(op, u, v)
+        return count.astype(jnp.result_type(u, v)) * (u * v)
+
+    left_of = functools.cache(left_sum)
+    right_of = functools.cache(right_sum)
+    sums = Sums(
+        codes,
+        length,
+        left=lambda w: left_of().astype(w.dtype) * spread(op, a.scale, w)[1],
+        right=lambda w: right_of().astype(w.dtype) * spread(op, w, b.scale)[0],
+        both=both,
+    )
+    return combined(sums, a, b, left, right)
 
 
 def lhs_gradient(op: Contraction, g: Coded, b: Coded, shape: tuple[int, ...]) -> Array:
     """What the cotangent `g` gives for the left operand of `op`, of `shape`; float32."""
-    scale = jnp.reshape(g.scale, ()) * jnp.reshape(b.scale, ())
     if isinstance(op, Dot):
-        out = integer.dot_lhs(op, g.codes, b.codes, len(shape)).astype(jnp.float32) * scale
-        if g.offset is None and b.offset is None:
-            return out
-        # No batch axes here: g has the free axes of the left operand, then those of the right one.
-        _, free = op.free(len(shape), b.codes.ndim)
-        rows = g.codes.ndim - len(free)
-        if b.offset is not None:
-            weights = _only(b.offset, free, op.contracted[1])
-            total = _weighted(g.codes, weights, tuple(range(rows, g.codes.ndim))) * jnp.reshape(g.scale, ())
-            if g.offset is not None:
-                total = total + jnp.reshape(g.offset, ()) * _total(weights, math.prod(g.codes.shape[rows:]))
-            out = out + _put(total, op.free(len(shape), b.codes.ndim)[0], len(shape))
-        if g.offset is not None:
-            column = jnp.sum(b.codes, axis=free, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-            column = column * jnp.reshape(g.offset * jnp.reshape(b.scale, ()), ())
-            out = out + _carry(column, op.contracted[1], op.contracted[0], len(shape))
-        return out
-    out = integer.conv_lhs(op, g.codes, b.codes, shape).astype(jnp.float32) * scale
-    if b.offset is not None:
-        # Σ over window and filters of ĝ·o_b: the filters first, which leaves one channel.
-        one = jnp.sum(g.codes.astype(jnp.float32) * b.offset.reshape(-1), axis=-1, keepdims=True)
-        one = one * jnp.reshape(g.scale, ())
-        if g.offset is not None:
-            one = one + jnp.reshape(g.offset, ()) * _total(b.offset, b.codes.shape[-1])
-        out = out + _transposed(op, one, jnp.ones((*b.codes.shape[:-2], 1, 1), jnp.float32), (*shape[:-1], 1))
-    if g.offset is not None:
-        kernel = jnp.sum(b.codes.astype(jnp.float32), axis=-1, keepdims=True) * jnp.reshape(b.scale, ())
-        mask = jnp.broadcast_to(jnp.reshape(g.offset, ()), (1, *g.codes.shape[1:-1], 1))
-        out = out + _transposed(op, mask, kernel, (1, *shape[1:]))
-    return out
+        # With zero points there are no batch axes: g has the left operand's free axes, then the right one's.
+        mine, free = op.free(len(shape), b.codes.ndim)
+        axes = tuple(range(g.codes.ndim - len(free), g.codes.ndim))
+        codes = integer.dot_lhs(op, g.codes, b.codes, len(shape))
+        return _dot_gradient(codes, g, b, axes, free, (op.contracted[1], op.contracted[0]), mine)
+    window, mask = _ones(*b.codes.shape[:-2], 1, 1), _ones(1, *g.codes.shape[1:-1], 1)
+
+    def over_window(channel: Array) -> Array:
+        return _input_gradient(op, channel, window, (channel.shape[0], *shape[1:-1], 1))
+
+    def of_filters() -> Array:
+        kernel = _sum(b.codes, (-1,)).astype(jnp.float32)
+        return _input_gradient(op, mask, kernel, (1, *shape[1:]))
+
+    codes = integer.conv_lhs(op, g.codes, b.codes, shape)
+    return _conv_gradient(codes, g, b, -1, math.prod(b.codes.shape[:-2]), over_window, of_filters)
 
 
 def rhs_gradient(op: Contraction, g: Coded, a: Coded, shape: tuple[int, ...]) -> Array:
     """What the cotangent `g` gives for the right operand of `op`, of `shape`; float32."""
-    g_scale, a_scale = jnp.reshape(g.scale, ()), jnp.reshape(a.scale, ())
     if isinstance(op, Dot):
-        out = integer.dot_rhs(op, g.codes, a.codes, len(shape)).astype(jnp.float32) * (g_scale * a_scale)
-        if g.offset is None and a.offset is None:
-            return out
         free, mine = op.free(a.codes.ndim, len(shape))
-        if a.offset is not None:
-            weights = _only(a.offset, free, op.contracted[0])
-            rows = tuple(range(len(free)))
-            total = _weighted(g.codes, weights, rows) * g_scale
-            if g.offset is not None:
-                total = total + jnp.reshape(g.offset, ()) * _total(weights, math.prod(g.codes.shape[: len(free)]))
-            out = out + _put(total, mine, len(shape))
-        if g.offset is not None:
-            column = jnp.sum(a.codes, axis=free, keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-            column = column * (jnp.reshape(g.offset, ()) * a_scale)
-            out = out + _carry(column, op.contracted[0], op.contracted[1], len(shape))
-        return out
-    out = integer.conv_rhs(op, g.codes, a.codes, shape).astype(jnp.float32) * (g_scale * a_scale)
-    taps = shape[:-2]
-    if a.offset is not None:
-        image = jnp.sum(g.codes.astype(jnp.float32) * a.offset, axis=0, keepdims=True) * g_scale
-        if g.offset is not None:
-            image = image + jnp.reshape(g.offset, ()) * _total(a.offset, a.codes.shape[0])
-        ones = jnp.ones((1, *a.codes.shape[1:-1], 1), jnp.float32)
-        out = out + _kernel_gradient(op, image, ones, (*taps, 1, shape[-1]))
-    if g.offset is not None:
-        image = jnp.sum(a.codes, axis=0, keepdims=True, dtype=jnp.int32).astype(jnp.float32) * a_scale
-        mask = jnp.broadcast_to(jnp.reshape(g.offset, ()), (1, *g.codes.shape[1:-1], 1))
-        out = out + _kernel_gradient(op, mask, image, (*taps, shape[-2], 1))
-    return out
+        codes = integer.dot_rhs(op, g.codes, a.codes, len(shape))
+        return _dot_gradient(codes, g, a, tuple(range(len(free))), free, op.contracted, mine)
+    ones, mask = _ones(1, *a.codes.shape[1:-1], 1), _ones(1, *g.codes.shape[1:-1], 1)
+
+    def over_pixels(image: Array) -> Array:
+        return _kernel_gradient(op, image, ones, (*shape[:-2], 1, image.shape[-1]))
+
+    def of_examples() -> Array:
+        image = _sum(a.codes, (0,)).astype(jnp.float32)
+        return _kernel_gradient(op, mask, image, (*shape[:-1], 1))
+
+    codes = integer.conv_rhs(op, g.codes, a.codes, shape)
+    return _conv_gradient(codes, g, a, 0, math.prod(g.codes.shape[1:-1]), over_pixels, of_examples)
+
+
+def _conv_gradient(
+    codes: Array,
+    g: Coded,
+    other: Coded,
+    axis: int,
+    taps: int,
+    over: Callable[[Array], Array],
+    of_other: Callable[[], Array],
+) -> Array:
+    """A convolution's gradient from its product of codes.
+
+    Args:
+      codes, g, other: the product, and what it is of.
+      axis: of the cotangent, and of the `other` operand, that is contracted: filters (−1) or examples (0). It is summed
+        first, which leaves one channel, or one image.
+      taps: how many of these sums are then added.
+      over: adds them.
+      of_other: the product with ones in the place of the cotangent.
+    """
+    other = _without_steps(other)
+    one = functools.cache(lambda: over(_sum(g.codes, (axis,)).astype(jnp.float32)))
+    valid = functools.cache(lambda: over(_ones(1, *g.codes.shape[1:-1], 1)))
+    of_other = functools.cache(of_other)
+
+    def left(w: Array) -> Array:
+        if w.size == 1:
+            return one().astype(w.dtype) * w.reshape(())
+        weights = w.reshape([-1 if i == axis % w.ndim else 1 for i in range(w.ndim)])
+        return over(_weighted(g.codes, weights, (axis,)))
+
+    def both(u: Array, v: Array) -> Array:
+        total = u.reshape(()) * _total(v, other.codes.shape[axis])
+        return total * valid().astype(total.dtype)
+
+    length = taps * other.codes.shape[axis]
+    sums = Sums(codes, length, left, lambda w: of_other().astype(w.dtype) * w.reshape(()), both)
+    return combined(sums, g, other, g.scale.reshape(()), other.scale.reshape(()))
+
+
+def _dot_gradient(
+    codes: Array,
+    g: Coded,
+    other: Coded,
+    axes: tuple[int, ...],
+    free: tuple[int, ...],
+    paired: tuple[tuple[int, ...], tuple[int, ...]],
+    mine: tuple[int, ...],
+) -> Array:
+    """A dot's gradient from its product of codes.
+
+    `axes` of the cotangent are contracted with the axes `free` of the `other` operand, whose contracted axes are those
+    of the result, ``paired``; the cotangent's other axes are the axes `mine` of the result.
+    """
+    other = _without_steps(other)
+    column = functools.cache(lambda: _carry(_sum(other.codes, free), *paired, codes.ndim))
+    length = math.prod(g.codes.shape[i] for i in axes)
+
+    def left(w: Array) -> Array:
+        shape = [w.shape[free[axes.index(i)]] if i in axes else 1 for i in range(g.codes.ndim)]
+        total = _weighted(g.codes, w.transpose(*free, *paired[0]).reshape(shape), axes)
+        return _put(total.reshape([n for i, n in enumerate(total.shape) if i not in axes]), mine, codes.ndim)
+
+    def both(u: Array, v: Array) -> Array:
+        return (u.reshape(()) * _total(v, length)).reshape((1,) * codes.ndim)
+
+    sums = Sums(codes, length, left, lambda w: column().astype(w.dtype) * w.reshape(()), both)
+    return combined(sums, g, other, g.scale.reshape(()), other.scale.reshape(()))
+
+
+def _without_steps(x: Coded) -> Coded:
+    """`x` with its steps in the offset, where there are several: the sums over their axis are taken once, in float32.
+
+    The cotangent's steps, a single number, stay whole, and with them sums that do not grow with their length.
+    """
+    if x.steps is None or x.steps.size == 1:
+        return x
+    moved = x.steps.astype(jnp.float32) * x.scale
+    return x._replace(steps=None, offset=moved if x.offset is None else moved + x.offset)
 
 
 def spread(op: Contraction, left: Array, right: Array) -> tuple[Array, Array]:
@@ -137,36 +201,21 @@ def _spread_conv(op: Conv, left: Array, right: Array) -> tuple[Array, Array]:
     return along(out[0], left), along(out[1], right)
 
 
-def _dot_sums(op: Dot, left: Array, right: Array) -> _Sums:
-    contracted = op.contracted
-    zero = jnp.zeros((1,) * left.ndim), jnp.zeros((1,) * right.ndim)
-
-    def left_sum() -> Array:
-        total = jnp.sum(left, axis=contracted[0], keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-        return _spread_dot(op, total, zero[1])[0]
-
-    def right_sum() -> Array:
-        total = jnp.sum(right, axis=contracted[1], keepdims=True, dtype=jnp.int32).astype(jnp.float32)
-        return _spread_dot(op, zero[0], total)[1]
-
-    return left_sum, right_sum, lambda: float(math.prod(left.shape[i] for i in contracted[0]))
-
-
-def _conv_sums(op: Conv, left: Array, right: Array) -> _Sums:
-    plain = _float(op)
-    mask = jnp.ones((1, *left.shape[1:-1], 1), jnp.float32)
-    window = jnp.ones((*right.shape[:-2], 1, 1), jnp.float32)
-
-    def left_sum() -> Array:
-        return plain(jnp.sum(left, axis=-1, keepdims=True, dtype=jnp.int32).astype(jnp.float32), window)
-
-    def right_sum() -> Array:
-        return plain(mask, jnp.sum(right, axis=-2, keepdims=True, dtype=jnp.int32).astype(jnp.float32))
-
-    return left_sum, right_sum, lambda: plain(mask, window) * float(right.shape[-2])
+def _window_sum(op: Conv, x: Array, taps: tuple[int, ...]) -> Array:
+    """Σ over the windows of a convolution of one channel: shifted and added, since a convolution of one is slow."""
+    exact = op.explicit(x.shape, (*taps, 1, 1))
+    for axis, count in enumerate(taps, start=1):  # one axis after the other: 3 + 3 terms, not 9
+        low, high = exact.padding[axis - 1]
+        step, stride = (exact.rhs_dilation or ())[axis - 1], exact.window_strides[axis - 1]
+        length = (x.shape[axis] + low + high - (count - 1) * step - 1) // stride + 1
+        x = lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)])
+        starts = range(0, count * step, step)
+        parts = [lax.slice_in_dim(x, at, at + (length - 1) * stride + 1, stride, axis) for at in starts]
+        x = sum(parts[1:], start=parts[0])
+    return x
 
 
-def _transposed(op: Conv, g: Array, kernel: Array, shape: tuple[int, ...]) -> Array:
+def _input_gradient(op: Conv, g: Array, kernel: Array, shape: tuple[int, ...]) -> Array:
     """The gradient of a float convolution's left operand, of `shape`."""
     (out,) = jax.linear_transpose(lambda x: _float(op)(x, kernel), jax.ShapeDtypeStruct(shape, jnp.float32))(g)
     return out
@@ -182,27 +231,29 @@ def _float(op: Conv) -> Conv:
     return dataclasses.replace(op, precision=lax.Precision.HIGHEST, preferred_element_type=None)
 
 
-def _or_zero(x: Coded) -> Array:
-    return jnp.zeros((1,) * x.codes.ndim, jnp.float32) if x.offset is None else x.offset
+def _offsets(*coded: Coded) -> bool:
+    return any(x.offset is not None or x.steps is not None for x in coded)
 
 
-def _only(values: Array, axes: tuple[int, ...], rest: tuple[int, ...]) -> Array:
-    """`values`, of size 1 along the axes `rest`, without these."""
-    return values.transpose(*axes, *rest).reshape([values.shape[i] for i in axes])
+def _ones(*shape: int) -> Array:
+    return jnp.ones(shape, jnp.float32)
+
+
+def _sum(codes: Array, axes: tuple[int, ...]) -> Array:
+    """Σ of codes over `axes`, which are kept, int32."""
+    return jnp.sum(codes, axis=axes, keepdims=True, dtype=jnp.int32)
 
 
 def _weighted(codes: Array, weights: Array, axes: tuple[int, ...]) -> Array:
-    """Σ over `axes`, which are consecutive, of codes times weights, float32."""
+    """Σ over `axes`, which are kept, of codes times weights that broadcast against them, in the weights' dtype."""
     if weights.size == 1:
-        # Exact, where a float32 sum over many rows loses what is left of codes that cancel.
-        return jnp.sum(codes, axis=axes, dtype=jnp.int32).astype(jnp.float32) * weights.reshape(())
-    rest = codes.ndim - axes[-1] - 1 if axes else 0
-    return jnp.sum(codes.astype(jnp.float32) * weights.reshape(*weights.shape, *(1,) * rest), axis=axes)
+        return _sum(codes, axes).astype(weights.dtype) * weights.reshape(())
+    return jnp.sum(codes.astype(weights.dtype) * weights, axis=axes, keepdims=True)
 
 
 def _total(weights: Array, length: int) -> Array:
     """Σ of weights that stand for `length` numbers."""
-    return jnp.sum(weights) * (length / weights.size)
+    return jnp.sum(weights) * (length // max(weights.size, 1))
 
 
 def _put(values: Array, axes: tuple[int, ...], ndim: int) -> Array:

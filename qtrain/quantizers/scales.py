@@ -22,11 +22,16 @@ def reduce_range(values: Array, name: str, axes: tuple[int, ...]) -> Array:
     if name == "absmean":
         count = max(math.prod(values.shape[axis] for axis in axes), 1)
         return jnp.sum(jnp.abs(values), axis=axes, keepdims=True) / count
-    if name == "absmax":
-        return jnp.max(jnp.abs(values), axis=axes, keepdims=True, initial=0.0)
     if name == "min":
         return jnp.min(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
-    return jnp.max(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
+    if name == "absmax":
+        largest = jnp.max(jnp.abs(values), axis=axes, keepdims=True, initial=0.0)
+    else:
+        largest = jnp.max(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
+    if jax.default_backend() == "cpu":
+        # XLA's CPU kernel for a maximum passes over NaN, and codes cannot hold one: what has diverged would become 0.
+        largest = largest + jnp.sum(values * 0.0, axis=axes, keepdims=True)
+    return largest
 
 
 def positive(step: Array) -> Array:

@@ -24,6 +24,7 @@ from qtrain.quantizers.base import (
 from qtrain.quantizers.coded import Coded, without_dead
 from qtrain.quantizers.granularity import Layout, Per, check_per, layout
 from qtrain.quantizers.scales import positive, reduce_range, round_stochastically
+from qtrain.quantizers.zero_points import zero_point
 
 GRIDS = ("symmetric", "aqt", "affine", "unsigned", "sign")
 ROUNDINGS = ("nearest", "stochastic", "floor")
@@ -226,18 +227,17 @@ class Uniform(Quantizer):
         bits = jnp.asarray(bits if concrete is None else concrete)
         scale = self._scale(values, bits, view, params, concrete)
         codes, in_steps = self._codes(values, bits, scale, key)
-        offset = None
+        steps = offset = None
         if self.grid in ("affine", "unsigned"):
-            step = (scale.scale if isinstance(scale, AffineScale) else scale).astype(jnp.float32)
-            half = power_of_two(bits - 1)
-            codes = codes - half
-            offset = step * half
+            lowest = None
             if isinstance(scale, AffineScale):
-                offset = offset + scale.offset.astype(jnp.float32)
-            scale = step
-        codes = without_dead(codes, scale.astype(jnp.float32))
+                lowest = scale.offset.astype(jnp.float32)
+                scale = scale.scale
+            shift, steps, offset = zero_point(scale.astype(jnp.float32), lowest, power_of_two(bits))
+            codes = codes - shift
+        scale = scale.astype(jnp.float32)
         inside = self._inside(in_steps, bits, x.dtype) if self.clip_gradient else None
-        return Coded(codes.astype(jnp.int8), scale.astype(jnp.float32), offset, inside)
+        return Coded(without_dead(codes, scale).astype(jnp.int8), scale, offset, inside, steps)
 
     def scale(
         self, x: Array, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
