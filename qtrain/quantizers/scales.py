@@ -30,7 +30,7 @@ def reduce_range(values: Array, name: str, axes: tuple[int, ...]) -> Array:
         largest = jnp.max(values, axis=axes, keepdims=True, initial=None if values.size else 0.0)
     if jax.default_backend() == "cpu":
         # XLA's CPU kernel for a maximum passes over NaN, and codes cannot hold one: what has diverged would become 0.
-        largest = largest + jnp.sum(values * 0.0, axis=axes, keepdims=True)
+        largest = largest + jnp.sum(values - values, axis=axes, keepdims=True)
     return largest
 
 
