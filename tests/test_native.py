@@ -224,7 +224,7 @@ DEFINED = [
 
 @pytest.mark.parametrize(("name", "lhs", "rhs", "grad", "residuals"), DEFINED, ids=lambda v: getattr(v, "grid", v))
 def test_folded_and_requantized_are_what_they_say(name, lhs, rhs, grad, residuals):
-    op, left, right, _ = OPERATIONS[name]
+    op, _left, _right, _ = OPERATIONS[name]
     operands = operands_of(lhs, rhs, grad, residuals, Paths("int8", "int8", "int8"))
     run = program(op, dataclasses.replace(operands, paths=Paths()), operands)
     x, w, g = data(name)
@@ -240,7 +240,7 @@ def test_folded_and_requantized_are_what_they_say(name, lhs, rhs, grad, residual
 
 
 def test_a_single_scale_leaves_nothing_to_fold_or_to_requantize():
-    op, left, right, _ = OPERATIONS["conv"]
+    op, _left, _right, _ = OPERATIONS["conv"]
     choices = [
         operands_of(*(per("affine", "tensor"),) * 3, residuals, Paths("int8", "int8", "int8"))
         for residuals in ("quantized", "folded", "requantized")
@@ -279,7 +279,7 @@ def edge(kind, x, w, g):
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_zero_constant_huge_and_tiny_tensors(name, residuals):
     granularity = "tensor" if residuals == "quantized" else "channel"
-    op, left, right, _ = OPERATIONS[name]
+    op, _left, _right, _ = OPERATIONS[name]
     grids = ("symmetric", "affine")
     fakes = [operands_of(*(per(grid, granularity),) * 2, per(grid, "tensor"), residuals) for grid in grids]
     natives = [dataclasses.replace(fake, paths=Paths("int8", "int8", "int8")) for fake in fakes]
@@ -305,7 +305,7 @@ def test_zero_constant_huge_and_tiny_tensors(name, residuals):
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_an_all_zero_filter_and_an_all_zero_example_are_not_dead(name, grid):
     """Folding multiplies the cotangent by the scales; that of nothing but zeros must not take the gradient away."""
-    op, left, right, _ = OPERATIONS[name]
+    op, _left, _right, _ = OPERATIONS[name]
     quantizers = (*(per(grid, "channel"),) * 2, per(grid, "tensor"))
     run = program(op, *(operands_of(*quantizers, "folded", p) for p in (Paths(), Paths("int8", "int8", "int8"))))
     x, w, g = data(name)
@@ -323,7 +323,7 @@ def test_an_all_zero_filter_and_an_all_zero_example_are_not_dead(name, grid):
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_not_a_number_comes_out_where_it_does_in_float(name, residuals):
     granularity = "tensor" if residuals == "quantized" else "channel"
-    op, left, right, _ = OPERATIONS[name]
+    op, _left, _right, _ = OPERATIONS[name]
     quantizers = per("symmetric", granularity), per("affine", granularity), per("symmetric", "tensor")
     run = program(op, *(operands_of(*quantizers, residuals, p) for p in (Paths(), Paths("int8", "int8", "int8"))))
     for place, value in itertools.product(range(3), (np.nan, np.inf)):
@@ -369,7 +369,7 @@ def test_clipped_gradients_with_calibrated_ranges(name):
 
 
 def test_each_product_takes_its_own_path():
-    op, left, right, _ = OPERATIONS["strided"]
+    op, _left, _right, _ = OPERATIONS["strided"]
     paths = [Paths(*choice) for choice in itertools.product(("float", "int8"), repeat=3)]
     quantizers = per("affine", "channel"), per("symmetric", "channel"), per("affine", "tensor", rounding="stochastic")
     choices = [operands_of(*quantizers, "requantized", p) for p in paths]
@@ -390,7 +390,7 @@ def test_each_product_takes_its_own_path():
 
 
 def test_a_cotangent_without_a_width_is_multiplied_in_float():
-    op, left, right, _ = OPERATIONS["dense"]
+    op, _left, _right, _ = OPERATIONS["dense"]
     quantizers = per("symmetric", "channel"), per("affine", "channel"), per("symmetric", "tensor")
     choices = [
         operands_of(*quantizers, residuals, paths)
@@ -412,7 +412,7 @@ SWITCH = Paths("int8", "int8", "int8", switch=True)
 
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_one_program_switches_between_codes_and_float(name):
-    op, left, right, _ = OPERATIONS[name]
+    op, _left, _right, _ = OPERATIONS[name]
     quantizers = (
         per("affine", "channel"),
         per("symmetric", "channel"),
@@ -430,7 +430,7 @@ def test_one_program_switches_between_codes_and_float(name):
 
 
 def test_a_switch_with_fixed_widths_and_over_a_batch_of_them():
-    op, left, right, _ = OPERATIONS["dense"]
+    op, _left, _right, _ = OPERATIONS["dense"]
     fake = operands_of(*(per("symmetric", "tensor"),) * 3)
     x, w, g = data("dense")
 
@@ -453,7 +453,7 @@ def test_a_switch_with_fixed_widths_and_over_a_batch_of_them():
 
 
 def test_widths_that_do_not_fit():
-    op, left, right, _ = OPERATIONS["dense"]
+    op, _left, _right, _ = OPERATIONS["dense"]
     x, w, _ = data("dense")
     operands = operands_of(*(per("symmetric", "tensor"),) * 3, paths=Paths("int8", "int8", "int8"))
     for widths in ((9, 8, 8), (8, 12, 8), (8, 8, 16)):
@@ -469,7 +469,7 @@ def test_widths_that_do_not_fit():
 
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
 def test_widths_of_their_own_and_operands_without_are_carried_out_in_float(kind):
-    op, left, right, _ = OPERATIONS["dense"]
+    op, _left, _right, _ = OPERATIONS["dense"]
     x, w, _ = data("dense")
     fake = operands_of(*(per("symmetric", "channel"),) * 2, per("symmetric", "tensor"))
     on_codes = dataclasses.replace(fake, paths=Paths("int8", "int8", "int8"))
@@ -529,7 +529,7 @@ def test_in_every_transformation(residuals):
 
 
 def test_what_cannot_be_differentiated_says_so():
-    op, left, right, _ = OPERATIONS["dense"]
+    op, _left, _right, _ = OPERATIONS["dense"]
     x, w, _ = data("dense")
     operands = operands_of(*(per("symmetric", "tensor"),) * 3, paths=Paths("int8", "int8", "int8"))
     with pytest.raises(TypeError, match="custom_vjp"):
@@ -562,7 +562,7 @@ def test_a_result_of_another_dtype_than_the_operands():
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_what_is_saved_for_the_backward_pass_are_codes(name):
     """A quarter of the bytes; the originals only where they are asked for, the masks of clipping one byte each."""
-    op, left, right, _ = OPERATIONS[name]
+    op, _left, _right, _ = OPERATIONS[name]
     x, w, _ = map(jnp.asarray, data(name))
     sizes = x.size + w.size
     quantizers = per("affine", "tensor"), per("symmetric", "channel"), per("symmetric", "tensor")
