@@ -1,7 +1,7 @@
 """What XLA's CPU backend has to be told to multiply 8-bit integers quickly. No other backend needs this file.
 
 Measured with jax 0.10.2 on two cores with VNNI and AMX; every formulation gives the same integers as the plain one.
-`tests/test_integer_cpu.py` has a canary for each, which fails once XLA no longer needs it.
+`tests/test_integer_cpu.py` has a canary for each (`pytest -m canary`), which fails once XLA no longer needs it.
 """
 
 from __future__ import annotations
