@@ -44,6 +44,29 @@ class Quantizer(abc.ABC):
         return False
 
     @property
+    def learns(self) -> bool:
+        """Whether it has parameters of its own, kept in ``quant``: `init` makes them, a call needs them."""
+        return False
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        """Names of those parameters that no optimizer is to move."""
+        return frozenset()
+
+    def init(self, x: Array, bits: Any = 8, *, axes: Axes | None = None) -> dict[str, Array]:
+        """The parameters to begin with for a tensor like `x` at `bits`; empty where it learns none.
+
+        Args:
+          x: weights, or the activations of a calibration batch.
+          bits: the width that training begins with; may be traced.
+          axes: the contracted axes, as for a call.
+
+        Returns:
+          name → float32 array. A single scale has shape ``()``, several have the shape that broadcasts against `x`.
+        """
+        return {}
+
+    @property
     def code_dtype(self) -> str | None:
         """What `coded` gives: "int8", the name of an 8-bit float, or None where there are no such codes."""
         return None
