@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -10,24 +9,24 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from flax.core import DenyList
 
 from qtrain.cost.count import count
 from qtrain.errors import UsageError, did_you_mean
+from qtrain.inject.checks import Bits, check_bits, check_paths, limits
 from qtrain.inject.execution import Choice, choose
+from qtrain.inject.learned import LEARNED, Learned
 from qtrain.inject.plan import Plan
-from qtrain.inject.resolve import Memory, Resolved, abstract, kernels, resolve, signature, split_static
+from qtrain.inject.resolve import Memory, Resolved, abstract, is_array, kernels, resolve, signature, split_static
 from qtrain.inject.rows import rows
 from qtrain.inject.rules import Rule, default_rules
-from qtrain.inject.trace import Contract, Record, Trace, op_bits
+from qtrain.inject.trace import Contract, Record, Trace
+from qtrain.inject.weights import Weight, weights
 from qtrain.precision import Precision
 from qtrain.quantizers import contract, noise
-from qtrain.quantizers.base import static_bits
 from qtrain.quantizers.native import Paths
 
 Array = jax.Array
-Bits = Precision | Mapping[str, Precision]
 
 # nn.jit inside a model caches by the structure of what it is given, so that a closed-over bit width would be frozen
 # there, or a tracer leak. A random stream of a name never used before changes that structure: it traces anew.
@@ -77,7 +76,7 @@ def quantize(
     for rule in rules:
         if not isinstance(rule, Rule):
             raise UsageError(f"quantize: rules hold {rule!r}; give qtrain.Rule objects")
-    return QuantizedModel(model, rules, execute, _limits("widest", widest), _limits("narrowest", narrowest))
+    return QuantizedModel(model, rules, execute, limits("widest", widest), limits("narrowest", narrowest))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,22 +99,69 @@ class QuantizedModel:
     choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
     _memory: Memory = dataclasses.field(default_factory=Memory, init=False, repr=False)
 
-    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def init(self, rngs: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> dict[str, Any]:
         """The variables of ``module.init``, and the quantizers' own.
+
+        Args:
+          rngs, *args, **kwargs: as for ``module.init``.
+          bits: the precision for which learned parameters begin; None: 8 bits, for those whose beginning depends on it.
 
         Returns:
           ``params`` and whatever other collections the model has, equal to the plain model's bit for bit; ``quant``:
-          learned quantizer parameters (empty when no quantizer learns any); ``quant_stats``, only if a quantizer keeps
-          running ranges: they start empty (count 0) and no gradient ever reaches them.
+          learned quantizer parameters (empty when no quantizer learns any), those of activations as they should be for
+          the given input: see `calibrate`; ``quant_stats``, only if a quantizer keeps running ranges: they start empty
+          (count 0) and no gradient ever reaches them.
 
         Raises:
           UsageError: for a rule that does nothing, or running ranges that cannot be kept.
         """
+        return self._init(rngs, args, kwargs, bits)[0]
+
+    def _init(self, rngs: Any, args: Any, kwargs: Any, bits: Bits | None) -> tuple[dict[str, Any], Learned]:
         resolved = self._resolve(None, rngs, args, kwargs)
-        trace = Trace(self.rules, resolved.assigned, create_statistics=True, contract=self.execute)
+        learned = Learned(create=True)
+        options: dict[str, Any] = {"create_statistics": True, "initial_bits": bits, "learned": learned}
+        trace = Trace(self.rules, resolved.assigned, contract=self.execute, **options)
         with nn.intercept_methods(trace.intercept):
             variables = dict(self.module.init(_retraced(rngs), *args, **kwargs))
-        return {"quant": {}, **variables}
+        return {**variables, LEARNED: learned.merged(variables.get(LEARNED, {}))}, learned
+
+    def calibrate(
+        self, variables: Mapping[str, Any], *args: Any, bits: Bits, rngs: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """`variables` with the learned quantizer parameters made anew: from the weights, and from one batch.
+
+        The batch passes through the model quantized to `bits`, each layer's quantizers beginning from what reaches it,
+        as LSQ's authors do in their first step. For weights loaded from a float checkpoint, and for activations once
+        real data is at hand. Not inside ``jit``: it compiles a program of its own.
+
+        Args:
+          variables: ``params`` and the model's other collections; an older ``quant`` is not looked at.
+          *args, **kwargs, rngs: the model's arguments for one batch, as for `apply`.
+          bits: the precision that training begins with.
+
+        Returns:
+          `variables` with a new ``quant``; nothing else is changed (running ranges, batch statistics). A layer in a
+          scan whose ``variable_axes`` do not list ``quant`` gets one set of parameters, the average over iterations.
+        """
+        given = {name: value for name, value in variables.items() if name != LEARNED}
+        learned = Learned(create=True, observe=True)
+        _, rebuild = split_static((given, bits, rngs, args, kwargs))
+        leaves = [leaf for leaf in jax.tree.leaves((given, bits, rngs, args, kwargs)) if is_array(leaf)]
+
+        def forward(arrays: list[Any]) -> Any:
+            inner, inner_bits, inner_rngs, inner_args, inner_kwargs = rebuild(arrays)
+            options: dict[str, Any] = {"learned": learned}
+            _, state = self._apply(
+                inner, inner_args, inner_kwargs, inner_bits, inner_rngs, _STATE, None, self._paths, **options
+            )
+            return state.get(LEARNED, {})
+
+        own = jax.jit(forward)(leaves)
+        jax.effects_barrier()
+        if len(learned.seen.keys() ^ learned.shared.keys()) or any(not seen for seen in learned.seen.values()):
+            raise UsageError("calibrate: call it outside jit; the model has layers inside a scan or vmap")
+        return {**variables, LEARNED: learned.merged(own)}
 
     def with_choices(self, choices: Mapping[str, Choice | Mapping[str, Any]]) -> QuantizedModel:
         """The same model with execution chosen once and for all.
@@ -177,12 +223,16 @@ class QuantizedModel:
         mutable: Any,
         method: Any,
         paths: Callable[[Rule, Record, Precision], Paths] | None,
+        learned: Learned | None = None,
     ) -> Any:
         """`apply` with the products carried out as `paths` says; None: in float."""
-        _check_bits(bits)
+        check_bits(bits)
+        if learned is None:
+            learned = Learned(variables.get(LEARNED, {}))
         resolved = self._resolve(variables, rngs, args, kwargs, mutable, method)
-        _check_paths(bits, resolved, self.rules)
-        trace = Trace(self.rules, resolved.assigned, bits, _seed(rngs), contract=self.execute, choose=paths)
+        check_paths(bits, resolved, self.rules)
+        options: dict[str, Any] = {"contract": self.execute, "choose": paths, "learned": learned}
+        trace = Trace(self.rules, resolved.assigned, bits, _seed(rngs), **options)
         with nn.intercept_methods(trace.intercept):
             out = self.module.apply(variables, *args, rngs=_retraced(rngs), mutable=mutable, method=method, **kwargs)
         astray = sorted(trace.records.keys() ^ resolved.records.keys())
@@ -221,9 +271,13 @@ class QuantizedModel:
         abstract_args, abstract_kwargs = jax.tree.map(abstract, (args, kwargs))
         dynamic, rebuild = split_static((abstract_args, abstract_kwargs))
 
+        shared: set[str] = set()
+
         def initialise(dynamic: list[Any]) -> dict[str, Any]:
             inner_args, inner_kwargs = rebuild(dynamic)
-            return self.init(rngs, *inner_args, **inner_kwargs)
+            variables, learned = self._init(rngs, inner_args, inner_kwargs, None)
+            shared.update(path for path, _ in learned.shared)
+            return variables
 
         variables = jax.eval_shape(initialise, dynamic)
 
@@ -241,7 +295,19 @@ class QuantizedModel:
         choices = self._choices(resolved)
         ops = count(forward, variables, *abstract_args, **abstract_kwargs)
         unused = [rule.path for index, rule in enumerate(self.rules) if index not in resolved.assigned.values()]
-        return Plan(rows(resolved, self.rules, ops), ops, tuple(unused)).with_choices(choices)
+        return Plan(rows(resolved, self.rules, ops, shared), ops, tuple(unused)).with_choices(choices)
+
+    def weights(self, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Weight, ...]:
+        """The parameters that are quantized, an entry each, in order of execution; arguments as for `plan`."""
+        keys = rngs if isinstance(rngs, Mapping) else dict.fromkeys(("params", "dropout"), jax.random.key(0))
+        dynamic, rebuild = split_static(jax.tree.map(abstract, (args, kwargs)))
+
+        def initialise(dynamic: list[Any]) -> Any:
+            inner_args, inner_kwargs = rebuild(dynamic)
+            return self.module.init(dict(keys), *inner_args, **inner_kwargs)["params"]
+
+        resolved = self._resolve(None, keys, *rebuild(dynamic))
+        return weights(resolved, self.rules, jax.eval_shape(initialise, dynamic))
 
     def _choices(self, resolved: Resolved) -> dict[str, Choice]:
         """The choice of each layer whose rule asks for more than float arithmetic."""
@@ -279,42 +345,6 @@ class QuantizedModel:
         resolved = resolve(self.rules, trace, owners, self._memory, initialising=variables is None)
         self._memory.put(key, resolved)
         return resolved
-
-
-def _limits(name: str, value: Precision | int | None) -> Precision:
-    fields = vars(value) if isinstance(value, Precision) else dict.fromkeys(("weights", "acts", "grads"), value)
-    limits: dict[str, int | None] = dict.fromkeys(fields)
-    for kind, bits in fields.items():
-        with contextlib.suppress(UsageError):
-            limits[kind] = None if bits is None else static_bits(bits)
-        if bits is not None and limits[kind] is None:
-            raise UsageError(f"quantize: {name}={bits!r}: give a whole number of bits, a Precision of them, or None")
-    return Precision(**limits)
-
-
-def _check_bits(bits: Bits) -> None:
-    for precision in bits.values() if isinstance(bits, Mapping) else (bits,):
-        if not isinstance(precision, Precision):
-            raise UsageError(f"bits={precision!r}: give a qtrain.Precision, or a mapping from layer path to one")
-        for value in (precision.weights, precision.acts, precision.grads):
-            if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer) and value.is_fully_addressable:
-                value = np.asarray(value)
-            if value is not None:
-                static_bits(value)
-
-
-def _check_paths(bits: Bits, resolved: Resolved, rules: Sequence[Rule]) -> None:
-    if not isinstance(bits, Mapping):
-        return
-    known = {path: op_bits(path, rules[index]) for path, index in resolved.assigned.items()}
-    elsewhere = {path for path in resolved.skipped if any(rule.matches(path) for rule in rules)}
-    for path in bits:
-        if path not in known and path not in elsewhere:
-            raise UsageError(f"bits[{path!r}]: no layer of that path is quantized.{did_you_mean(path, known)}")
-    followers = [path for path, b in known.items() if "schedule" in (b.weights, b.acts, b.grads)]
-    missing = [path for path in followers if path not in bits]
-    if missing:
-        raise UsageError(f"bits has no entry for {missing[:6]}, which follow the schedule; give a Precision for each")
 
 
 def _seed(rngs: Any) -> Array | None:

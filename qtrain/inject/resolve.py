@@ -123,26 +123,27 @@ def kernels(params: Any) -> frozenset[str]:
 def signature(tree: Any, *static: Hashable) -> Hashable:
     """What a resolution depends on: the structure of `tree`, shapes and dtypes of its arrays, its other values."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, *((x.shape, x.dtype) if _is_array(x) else (type(x), x) for x in leaves), *static
+    return treedef, *((x.shape, x.dtype) if is_array(x) else (type(x), x) for x in leaves), *static
 
 
 def split_static(tree: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
     """The arrays of `tree`, abstract, and a function that puts arrays back among the rest."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(tree)
-    dynamic = [abstract(leaf) for leaf in leaves if _is_array(leaf)]
+    dynamic = [abstract(leaf) for leaf in leaves if is_array(leaf)]
 
     def rebuild(arrays: Sequence[Any]) -> Any:
         remaining = iter(arrays)
-        return treedef.unflatten([next(remaining) if _is_array(leaf) else leaf for leaf in leaves])
+        return treedef.unflatten([next(remaining) if is_array(leaf) else leaf for leaf in leaves])
 
     return dynamic, rebuild
 
 
 def abstract(x: Any) -> Any:
     """Shape and dtype of an array; anything else as it is."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if _is_array(x) else x
+    return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x
 
 
-def _is_array(x: Any) -> bool:
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array, concrete, traced or abstract."""
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)

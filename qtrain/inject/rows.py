@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from qtrain.cost import marker
 from qtrain.cost.ops import Ops
@@ -14,8 +14,11 @@ from qtrain.inject.trace import op_bits
 from qtrain.quantizers import Quantizer, layout
 
 
-def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops) -> tuple[Row, ...]:
-    """A row for each layer, quantized or not, and for whatever else multiplies, in order of execution."""
+def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops, shared: Collection[str] = ()) -> tuple[Row, ...]:
+    """A row for each layer, quantized or not, and for whatever else multiplies, in order of execution.
+
+    `shared`: paths of scanned layers whose iterations have their learned quantizer parameters in common.
+    """
     macs: dict[str, int] = {}
     unmarked: dict[str, Ops] = {}
     for path, group in ops.by_path().items():
@@ -53,7 +56,7 @@ def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops) -> tuple[Row, ...]
                 residuals=rule.residuals,
                 macs=macs.get(path, 0) or _take(unmarked, path),
                 weight_scales=scales,
-                note=_note(rule, bits),
+                note=_note(rule, bits, path in shared),
             )
         )
     for path, note in resolved.notes.items():
@@ -71,8 +74,10 @@ def _take(unmarked: dict[str, Ops], path: str) -> int:
     return group.forward if group else 0
 
 
-def _note(rule: Rule, bits: marker.OpBits) -> str:
+def _note(rule: Rule, bits: marker.OpBits, shared: bool) -> str:
     notes = []
+    if shared:
+        notes.append("one learned scale for every iteration")
     if rule.position != "any":
         notes.append("first or last layer")
     if not any(map(narrow, (bits.weights, bits.acts, bits.grads))):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from qtrain.cost import marker
 from qtrain.errors import UsageError
+from qtrain.inject.learned import Learned, check_learned
 from qtrain.inject.rules import Rule
 from qtrain.precision import Precision
 from qtrain.quantizers import Contraction, Conv, Dot, Operands, Quantizer, Traced, layout, noise
@@ -79,6 +80,8 @@ class Trace:
       bits: the step's `Precision`, one for every layer or one a path; None to inject nothing.
       seed: noise seed, for rules that round stochastically.
       create_statistics: whether running ranges are being created (initialisation).
+      learned: what quantizers have learned, or create.
+      initial_bits: with `create_statistics`, the bits for which learned parameters are created.
       contract: carries out a quantized contraction.
       choose: how its products are computed, from the rule, what was seen, and the bits; None: in float.
     """
@@ -88,6 +91,8 @@ class Trace:
     bits: Precision | Mapping[str, Precision] | None = None
     seed: Array | None = None
     create_statistics: bool = False
+    learned: Learned = dataclasses.field(default_factory=Learned)
+    initial_bits: Precision | Mapping[str, Precision] | None = None
     contract: Contract | None = None
     choose: Callable[[Rule, Record, Precision], Paths] | None = None
     records: dict[str, Record] = dataclasses.field(default_factory=dict)
@@ -123,10 +128,15 @@ class Trace:
         injected = _Injected(self, scope, path, type(module).__name__, op)
         fields: dict[str, Any] = {field: injected}
         rule = injected.rule
-        if self.bits is not None and rule is not None and rule.bias_quantizer is not None:
+        if self.active and rule is not None and rule.bias_quantizer is not None:
             fields["promote_dtype"] = injected.promote_with_bias(module.promote_dtype)
         with _replaced(module, fields):
             return call(*args, **kwargs)
+
+    @property
+    def active(self) -> bool:
+        """Whether the pass quantizes, or creates what quantizers keep."""
+        return self.bits is not None or self.create_statistics
 
     def rule(self, path: str) -> Rule | None:
         """The rule of a path, or None."""
@@ -134,9 +144,10 @@ class Trace:
 
     def precision(self, path: str) -> Precision:
         """The step's bits for a path."""
-        if isinstance(self.bits, Mapping):
-            return self.bits.get(path, Precision())
-        return self.bits if self.bits is not None else Precision()
+        bits = self.initial_bits if self.create_statistics else self.bits
+        if isinstance(bits, Mapping):
+            return bits.get(path, Precision())
+        return bits if bits is not None else Precision()
 
 
 class _Injected:
@@ -161,12 +172,14 @@ class _Injected:
         contracted = op.contracted
         record = Record(path, self.module, self.op, _shape(lhs), _shape(rhs), op)
         trace.records.setdefault(path, record)
-        if rule is not None and trace.create_statistics:
-            self._statistics("acts", rule.act_quantizer, lhs, contracted[0])
-            self._statistics("weights", rule.weight_quantizer, rhs, contracted[1])
-        if rule is None or trace.bits is None:
+        if rule is None:
             return op(lhs, rhs)
         bits = effective_bits(rule, trace.precision(path))
+        if trace.bits is None:
+            if trace.create_statistics:
+                self._params("acts", rule.act_quantizer, lhs, bits.acts, contracted[0])
+                self._params("weights", rule.weight_quantizer, rhs, bits.weights, contracted[1])
+            return op(lhs, rhs)
         paths = Paths() if trace.choose is None else trace.choose(rule, record, bits)
         operands = Operands(rule.act_quantizer, rule.weight_quantizer, rule.grad_quantizer, rule.residuals, paths)
         used = ((operands.lhs, bits.acts), (operands.rhs, bits.weights), (operands.grad, bits.grads))
@@ -176,8 +189,8 @@ class _Injected:
             rhs_bits=bits.weights,
             grad_bits=bits.grads,
             seed=seed,
-            lhs_params=self._statistics("acts", rule.act_quantizer, lhs, contracted[0]),
-            rhs_params=self._statistics("weights", rule.weight_quantizer, rhs, contracted[1]),
+            lhs_params=self._params("acts", rule.act_quantizer, lhs, bits.acts, contracted[0]),
+            rhs_params=self._params("weights", rule.weight_quantizer, rhs, bits.weights, contracted[1]),
         )
         assert trace.contract is not None
         with jax.named_scope(marker.encode(op_bits(path, rule))):
@@ -192,8 +205,11 @@ class _Injected:
 
         def promoted(inputs: Array, kernel: Array, bias: Array | None, **kwargs: Any) -> tuple[Any, ...]:
             inputs, kernel, bias = promote(inputs, kernel, bias, **kwargs)
-            if bias is not None and bits is not None:
-                bias = quantizer(bias, bits, key=self._seed(f"{self.path}/bias", quantizer.stochastic))
+            if bias is None:
+                return inputs, kernel, bias
+            params = self.trace.learned.parameters(self.scope, self.path, "bias", quantizer, bias, bits)
+            if bits is not None and self.trace.bits is not None:
+                bias = quantizer(bias, bits, params, key=self._seed(f"{self.path}/bias", quantizer.stochastic))
             return inputs, kernel, bias
 
         return promoted
@@ -206,6 +222,14 @@ class _Injected:
                 f"layer {self.path!r} rounds stochastically and has no key: pass rngs={{'quant': key}} to apply"
             )
         return None
+
+    def _params(
+        self, name: str, quantizer: Quantizer | None, x: Array, bits: Any, axes: tuple[int, ...]
+    ) -> Mapping[str, Array] | None:
+        """What the quantizer of an operand keeps: its learned parameters, or a range; None for nothing."""
+        if quantizer is not None and quantizer.learns:
+            return self.trace.learned.parameters(self.scope, self.path, name, quantizer, x, bits, axes)
+        return self._statistics(name, quantizer, x, axes)
 
     def _statistics(self, name: str, quantizer: Quantizer | None, x: Array, axes: tuple[int, ...]) -> Any:
         """The range to quantize `x` with, or None for its own; updates the running one where it may."""
@@ -299,11 +323,12 @@ def op_bits(path: str, rule: Rule) -> marker.OpBits:
 
 
 def check_statistics(rule: Rule, record: Record) -> None:
-    """Refuse a running range whose shape would depend on the batch.
+    """Refuse a running range, or learned parameters, whose shape would depend on the batch.
 
     Raises:
       UsageError: naming the layer.
     """
+    check_learned(rule, record.path, record.lhs.shape, record.contracted[0])
     quantizer = rule.act_quantizer
     if quantizer is None or quantizer.ema is None:
         return

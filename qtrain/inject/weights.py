@@ -1,0 +1,119 @@
+"""The parameters a model quantizes, one entry each: what counts, stores or regularises quantized weights goes by it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from qtrain.inject.learned import Learned
+from qtrain.inject.resolve import Resolved
+from qtrain.inject.rules import Rule
+from qtrain.inject.trace import effective_bits
+from qtrain.precision import Precision
+from qtrain.quantizers import Quantizer
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A quantized parameter.
+
+    Attributes:
+      path: path of its layer.
+      kind: "weights" (the kernel) or "bias".
+      leaf: keys of the parameter in ``params``.
+      shape: of the parameter.
+      quantizer: of the parameter.
+      axes: the axes of the layer's own tensor that are contracted; None for a bias.
+      stacked: leading axes that a scan or vmap added to the layer's tensor.
+      rule: the layer's.
+    """
+
+    path: str
+    kind: str
+    leaf: tuple[str, ...]
+    shape: tuple[int, ...]
+    quantizer: Quantizer
+    axes: tuple[int, ...] | None
+    stacked: int
+    rule: Rule
+
+    @property
+    def name(self) -> str:
+        """``Dense_0/kernel``."""
+        return "/".join(self.leaf)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def value(self, params: Any) -> Array:
+        """The parameter in `params`."""
+        for key in self.leaf:
+            params = params[key]
+        return params
+
+    def learned(self, quant: Mapping[str, Any]) -> Any:
+        """What its quantizer has learned, or None."""
+        return Learned(quant).at(self.path).get(self.kind) if self.quantizer.learns else None
+
+    def bits(self, precision: Precision | Mapping[str, Precision]) -> Any:
+        """Its bits: fixed by its rule, else those of `precision`; None where it is left in float."""
+        if isinstance(precision, Mapping):
+            precision = precision.get(self.path, Precision())
+        return effective_bits(self.rule, precision).weights
+
+    def apply(self, method: str, params: Any, quant: Mapping[str, Any], bits: Any) -> Any:
+        """``quantizer.method(value, bits, learned, axes=axes)`` of the parameter, a stack's layers each by itself.
+
+        `method`: "encode", "position", "scale" or "__call__".
+        """
+        learned = self.learned(quant)
+        function: Callable[..., Any] = lambda x, own: getattr(self.quantizer, method)(x, bits, own, axes=self.axes)  # noqa: E731
+        for level in range(self.stacked):
+            # One set of parameters for a whole stack, unless the collection is stacked, too.
+            own = learned is not None and _depth(self, learned) > self.stacked - 1 - level
+            function = jax.vmap(function, in_axes=(0, 0 if own else None))
+        return function(self.value(params), learned)
+
+
+def weights(resolved: Resolved, rules: Sequence[Rule], params: Any) -> tuple[Weight, ...]:
+    """The quantized parameters of a model, in order of execution.
+
+    Args:
+      resolved: the rules resolved.
+      rules: in order.
+      params: the parameters, or their shapes.
+    """
+    found = []
+    for path, index in resolved.assigned.items():
+        rule, record = rules[index], resolved.records[path]
+        module: Any = params
+        keys = tuple(path.split("/")) if path else ()
+        for key in keys:
+            module = module.get(key, {}) if isinstance(module, Mapping) else {}
+        for kind, name, quantizer, ndim, axes in (
+            ("weights", "kernel", rule.weight_quantizer, len(record.rhs.shape), record.contracted[1]),
+            ("bias", "bias", rule.bias_quantizer, 1, None),
+        ):
+            leaf = module.get(name)
+            if quantizer is None or leaf is None:
+                continue
+            leaf = getattr(leaf, "value", leaf)  # boxed, with the names of its axes
+            found.append(Weight(path, kind, (*keys, name), leaf.shape, quantizer, axes, len(leaf.shape) - ndim, rule))
+    return tuple(found)
+
+
+def _depth(weight: Weight, learned: Mapping[str, Array]) -> int:
+    """How many of the leading axes of a stack its learned parameters have, too."""
+    own = jax.eval_shape(
+        lambda x: weight.quantizer.init(x, axes=weight.axes),
+        jax.ShapeDtypeStruct(weight.shape[weight.stacked :], "float32"),
+    )
+    return max(value.ndim - own[name].ndim for name, value in learned.items())
