@@ -64,6 +64,19 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 """Data, model and optimizer of each reference task; the method comes on top."""
 
+QUANT: dict[str, Any] = {
+    "recipe": "default",
+    "weights": "symmetric/channel",
+    "acts": "symmetric/channel",
+    "grads": "symmetric/tensor/stochastic",
+    "ends": 8,
+    "residuals": "quantized",
+    "execution": "fake",
+    "rules": (),
+    "backend": "qtrain",
+}
+"""The section ``quant`` unless a config says otherwise."""
+
 # What `:smoke` makes of each model: seconds, not minutes.
 _SMOKE_MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"features": (16, 16)},
@@ -80,17 +93,22 @@ def base_config(task: str) -> ConfigDict:
     section      keys
     ===========  ====================================================================================================
     seed         initialisation, dropout and stochastic rounding
+    init_from    a run whose parameters to start from (its folder, or a checkpoint in it): `qtrain.init_from`; "": none
     data         `qtrain.data.DataConfig`; ``data.seed`` is order and augmentation, ``data.dir`` where TFDS sets lie
     model        ``name``, ``dtype`` ("float32", "bfloat16": of the computation) and the model's own fields
-    quant        ``recipe`` ("default", "cpt"), its quantizers ``weights``, ``acts``, ``grads`` ("grid/per/rounding" or
-                 None), ``ends`` (bits of the first and the last layer), ``residuals``, ``execution`` ("fake", "native",
-                 "auto", as `Rule` has them); ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with
-                 residuals and execution of their own; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
+    quant        ``recipe`` "default": quantizers ``weights``, ``acts``, ``grads`` (`quantizer_from_config`), and
+                 ``ends`` (bits of the first and the last layer); "cpt" and "trs" bring their own: `qtrain.methods`.
+                 For any of them ``residuals``, ``execution`` ("fake", "native", "auto", as `Rule` has them);
+                 ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with residuals and execution of
+                 their own; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
     schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ
-    optimizer    `qtrain.optim.optimizer`
+    optimizer    `qtrain.optim.optimizer`; ``quant``: learned quantizer parameters; ``transition``: of the optimizers
+                 sgdt, adamt and adamwt; ``oscillation``: ``track`` (as metrics), ``freeze``
+    losses       penalties added to the loss: ``<name>.rate`` and its ``schedule``, see `qtrain.losses`
     train        ``steps`` or ``epochs`` (the other 0), ``log_every_steps``, ``steps_per_dispatch``,
                  ``compilation_cache`` (a folder)
-    eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``
+    eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``;
+                 ``reestimate_batches``: norm statistics are re-estimated from so many training batches before it
     checkpoint   ``every_steps | every_epochs | every_percent``, ``keep``
     ===========  ====================================================================================================
 
@@ -109,25 +127,18 @@ def base_config(task: str) -> ConfigDict:
 
 
 def _shared_keys() -> dict[str, Any]:
-    from qtrain.data import DEFAULTS  # imports grain, which `qtrain --help` must not wait for
+    # These import grain and JAX, which `qtrain --help` must not wait for.
+    from qtrain.data import DEFAULTS
+    from qtrain.losses import LOSSES
 
     every: dict[str, Any] = {"every_steps": 0, "every_epochs": 0.0, "every_percent": 0.0}
     return {
         "seed": 0,
         "smoke": False,
+        "init_from": "",
         "data": dict(DEFAULTS),
         "model": {"name": "", "dtype": "float32"},
-        "quant": {
-            "recipe": "default",
-            "weights": "symmetric/channel",
-            "acts": "symmetric/channel",
-            "grads": "symmetric/tensor/stochastic",
-            "ends": 8,
-            "residuals": "quantized",
-            "execution": "fake",
-            "rules": (),
-            "backend": "qtrain",
-        },
+        "quant": dict(QUANT),
         "schedule": {**_schedule_keys(), **{kind: _schedule_keys() for kind in ("weights", "acts", "grads")}},
         "optimizer": {
             "name": "adam",
@@ -146,7 +157,28 @@ def _shared_keys() -> dict[str, Any]:
             "clip_norm": 0.0,
             "accumulate_steps": 1,
             "options": {},
+            "quant": {"learning_rate": placeholder(float), "weight_decay": 0.0},
+            "transition": {
+                "factor": 5e-3,
+                "schedule": "cosine",
+                "final_factor": 0.0,
+                "target_scale": "sqrt_bits",
+                "rule": "additive",
+                "momentum": 0.99,
+                "initial_rate": placeholder(float),
+                "gain": placeholder(float),
+                "max_rate": placeholder(float),
+            },
+            "oscillation": {
+                "track": False,
+                "momentum": 0.001,
+                "freeze": False,
+                "freeze_start": 0.1,
+                "freeze_end": 0.01,
+                "freeze_from_percent": 25.0,
+            },
         },
+        "losses": {name: {"rate": 0.0, "schedule": "constant"} for name in LOSSES},
         "train": {
             "steps": 0,
             "epochs": 0.0,
@@ -154,7 +186,7 @@ def _shared_keys() -> dict[str, Any]:
             "steps_per_dispatch": 1,
             "compilation_cache": "",
         },
-        "eval": {**every, "batch_size": 360},
+        "eval": {**every, "batch_size": 360, "reestimate_batches": 0},
         "checkpoint": {**every, "keep": 2},
     }
 
@@ -209,6 +241,7 @@ def finish(config: ConfigDict, argument: str = "") -> ConfigDict:
 
 def _make_smoke(config: ConfigDict) -> None:
     config.smoke = True
+    config.init_from = ""  # a smaller model, which no checkpoint fits
     config.model.update(_SMOKE_MODELS[config.model.name])
     config.data.update(batch_size=8, length=16)
     config.train.update(steps=6, epochs=0.0, log_every_steps=2)
@@ -217,6 +250,7 @@ def _make_smoke(config: ConfigDict) -> None:
     # Lengths in steps or epochs were meant for the whole run.
     if config.optimizer.warmup_steps or config.optimizer.warmup_epochs:
         config.optimizer.update(warmup_steps=0, warmup_epochs=0.0, warmup_percent=20.0)
+    config.eval.reestimate_batches = min(config.eval.reestimate_batches, 2)
     config.optimizer.accumulate_steps = min(config.optimizer.accumulate_steps, 2)
     config.train.steps_per_dispatch = min(config.train.steps_per_dispatch, 2)
     for part in (config.schedule, config.schedule.weights, config.schedule.acts, config.schedule.grads):

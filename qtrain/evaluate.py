@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from qtrain import data, sharding
 from qtrain.experiment import Experiment
 from qtrain.precision import Precision
+from qtrain.reestimate import STATISTICS, make_reestimate_step, reestimate
 from qtrain.state import TrainState, make_eval_step
 
 
@@ -29,6 +30,8 @@ class Evaluator:
         self._step = jax.jit(step)
         # A backend whose bits are frozen at compile time closes over them.
         self._fixed = jax.jit(lambda variables, batch: step(variables, batch, experiment.fixed))
+        self._reestimated = experiment.config.eval.reestimate_batches
+        self._reestimate = jax.jit(make_reestimate_step(experiment.qmodel))
 
     def __call__(self, state: TrainState, split: str = "test") -> dict[str, float]:
         """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``."""
@@ -37,9 +40,10 @@ class Evaluator:
         precisions = {"": experiment.q_max, "_scheduled": scheduled, "_float": None}
         totals = {suffix: {"loss": 0.0, "correct": 0.0, "count": 0.0} for suffix in precisions}
         processes = jax.process_index(), jax.process_count()
+        variables = {suffix: self._variables(state, precision) for suffix, precision in precisions.items()}
         for rows in data.eval_batches(experiment.dataset, split, self._batch_size, *processes):
             batch = sharding.shard_batch(rows, self._mesh)
-            sums = {suffix: self._sums(state, batch, precision) for suffix, precision in precisions.items()}
+            sums = {suffix: self._sums(variables[suffix], batch, precision) for suffix, precision in precisions.items()}
             for suffix, values in jax.device_get(sums).items():
                 for name, value in values.items():
                     totals[suffix][name] += float(value)
@@ -49,7 +53,19 @@ class Evaluator:
             results[f"{split}_accuracy{suffix}"] = total["correct"] / total["count"]
         return results
 
-    def _sums(self, state: TrainState, batch: Any, precision: Precision | None) -> dict[str, jax.Array]:
+    def _variables(self, state: TrainState, precision: Precision | None) -> dict[str, Any]:
+        """What to evaluate with: norm statistics are those of training, or made anew for this precision."""
+        if not self._reestimated:
+            return state.variables
+        config = self._experiment.config.data
+        dataset, processes = self._experiment.dataset, (jax.process_index(), jax.process_count())
+        with data.train_iterator(dataset, config.batch_size, config.seed, *processes) as rows:
+            batches = (sharding.shard_batch(batch, self._mesh) for batch in rows)
+            bits = jax.tree.map(np.float32, precision)
+            found = reestimate(self._reestimate, state.variables, batches, self._reestimated, bits)
+        return {**state.variables, STATISTICS: found}
+
+    def _sums(self, variables: dict[str, Any], batch: Any, precision: Precision | None) -> dict[str, jax.Array]:
         if precision is not None and self._experiment.fixed is not None:
-            return self._fixed(state.variables, batch)
-        return self._step(state.variables, batch, jax.tree.map(np.float32, precision))
+            return self._fixed(variables, batch)
+        return self._step(variables, batch, jax.tree.map(np.float32, precision))

@@ -11,22 +11,38 @@ import optax
 from ml_collections import ConfigDict
 
 from qtrain import cost, data, models, schedules
-from qtrain.config import check_keys
+from qtrain.config import QUANT, check_keys
 from qtrain.data import Dataset
 from qtrain.durations import duration
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.inject import Plan, QuantizedModel, Rule, default_rules, quantize, quantizer_from_config, rules_from_config
+from qtrain.groups import bits_tree, latent_weights, parameter_groups
+from qtrain.inject import (
+    Plan,
+    QuantizedModel,
+    Rule,
+    Weight,
+    default_rules,
+    quantize,
+    quantizer_from_config,
+    rules_from_config,
+)
 from qtrain.inject.execution import Choice
 from qtrain.inject.rules import EXECUTIONS
+from qtrain.losses import penalty_from_config
+from qtrain.losses.build import Penalty
 from qtrain.methods import aqt
 from qtrain.methods.cpt import cpt_rules
+from qtrain.methods.trs import trs_rules
 from qtrain.optim import optimizer
+from qtrain.optim.build import TRANSITION
 from qtrain.precision import Precision
 from qtrain.quantizers import RESIDUALS
 from qtrain.quantizers.native import WIDEST
 from qtrain.schedules import PrecisionSchedule
 
-RECIPES = ("default", "cpt")
+PAPERS: dict[str, Callable[[], tuple[Rule, ...]]] = {"cpt": cpt_rules, "trs": trs_rules}
+"""Recipes with quantizers of their own."""
+RECIPES = ("default", *PAPERS)
 BACKENDS = ("qtrain", "aqt")
 
 
@@ -39,6 +55,8 @@ class Experiment:
       total_steps: training steps.
       eval_every, checkpoint_every: steps between them; 0 for only at the end.
       fixed: the one precision of a backend that cannot take traced bits, else None.
+      weights: the quantized parameters.
+      penalty: what is added to the loss, see `qtrain.losses`; None for nothing.
     """
 
     config: ConfigDict
@@ -52,6 +70,17 @@ class Experiment:
     eval_every: int
     checkpoint_every: int
     fixed: Precision | None
+    weights: tuple[Weight, ...] = ()
+    penalty: Penalty | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether quantizers have parameters of their own."""
+        return any(quantizer.learns for quantizer in self.qmodel.quantizers(self.inputs(), train=True).values())
+
+    def update_arguments(self, precision: Precision) -> dict[str, Any]:
+        """What the optimizer is told at a step, besides gradients and parameters."""
+        return {"bits": bits_tree(self.weights, precision)} if self.weights else {}
 
     @property
     def q_max(self) -> Precision:
@@ -126,10 +155,18 @@ def build(config: ConfigDict) -> Experiment:
         qmodel = quantize(module, aqt.aqt_rules(rules), execute=aqt.execute)
     else:
         qmodel = quantize(module, rules, widest=schedule.q_max, narrowest=_narrowest(schedule, total_steps, rules))
-    plan = qmodel.plan(_inputs(dataset, config.data.batch_size), train=True)
+    inputs = _inputs(dataset, config.data.batch_size)
+    plan = qmodel.plan(inputs, train=True)
     # As chosen for the training batch, so that evaluation at another size does the same arithmetic.
     qmodel = qmodel.with_choices(plan.choices)
-    transform, learning_rate = optimizer(config.optimizer, total_steps, steps_per_epoch)
+    weights = qmodel.weights(inputs, train=True)
+    groups = parameter_groups(
+        weights,
+        qmodel.quantizers(inputs, train=True),
+        schedule.q_max,
+        transition=config.optimizer.name in TRANSITION,
+    )
+    transform, learning_rate = optimizer(config.optimizer.to_dict(), total_steps, steps_per_epoch, groups)
 
     def every(section: str) -> int:
         units = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
@@ -148,6 +185,8 @@ def build(config: ConfigDict) -> Experiment:
         eval_every=every("eval"),
         checkpoint_every=every("checkpoint"),
         fixed=fixed,
+        weights=weights,
+        penalty=penalty_from_config(config.losses.to_dict(), latent_weights(weights, schedule.q_max), total_steps),
     )
 
 
@@ -215,6 +254,13 @@ def _check_values(config: ConfigDict) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value!r}: give one of {allowed}.{did_you_mean(value, allowed)}")
+    if config.quant.recipe in PAPERS:
+        for key in ("weights", "acts", "grads", "ends"):
+            if config.quant[key] != QUANT[key]:
+                raise UsageError(
+                    f"quant.{key}={config.quant[key]!r}: quant.recipe={config.quant.recipe!r} brings its own; leave it "
+                    f"at {QUANT[key]!r}, or use quant.rules, or quant.recipe='default'"
+                )
     for key, value, low, high in (
         ("seed", config.seed, 0, 2**32 - 1),
         ("quant.ends", config.quant.ends, 1, 32),
@@ -229,10 +275,10 @@ def _rules(config: ConfigDict) -> tuple[Rule, ...]:
     quant = config.quant
     own = rules_from_config(quant.rules) if quant.rules else ()
     chosen = {"residuals": quant.residuals, "execution": quant.execution}
-    if quant.recipe == "cpt":
-        # Its last layer stays in float by intention, of which no execution could make anything else.
-        recipe = tuple(dataclasses.replace(rule, **chosen) if rule.weight_quantizer else rule for rule in cpt_rules())
-        return (*own, *recipe)
+    if quant.recipe in PAPERS:
+        # A layer that stays in float by intention is one of which no execution could make anything else.
+        paper = PAPERS[quant.recipe]()
+        return (*own, *(dataclasses.replace(rule, **chosen) if rule.weight_quantizer else rule for rule in paper))
     recipe = default_rules(
         weight_quantizer=quantizer_from_config(quant.weights, "quant.weights"),
         act_quantizer=quantizer_from_config(quant.acts, "quant.acts"),

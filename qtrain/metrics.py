@@ -40,7 +40,8 @@ def on_change(name: str) -> type[OnChange]:
 class TrainMetrics(metrics.Collection):
     """Averages since the last row that was written.
 
-    loss, accuracy: of the training batches, at the step's precision.
+    loss, accuracy: of the training batches, at the step's precision; without the penalties.
+    penalty: the quantization loss terms, times their rates.
     grad_norm, update_norm: global L2 norms of the gradients (before clipping) and of what is added to the parameters.
     grad_norm_ratio_on_change, update_norm_ratio_on_change: the norm divided by the previous step's, averaged over the
       steps whose bits differ from the step before.
@@ -49,6 +50,7 @@ class TrainMetrics(metrics.Collection):
 
     loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
     accuracy: metrics.Average.from_output("accuracy")  # type: ignore[valid-type]
+    penalty: metrics.Average.from_output("penalty")  # type: ignore[valid-type]
     grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
     update_norm: metrics.Average.from_output("update_norm")  # type: ignore[valid-type]
     grad_norm_ratio_on_change: on_change("grad_norm_ratio")  # type: ignore[valid-type]

@@ -88,6 +88,8 @@ def make_train_step(
     schedule: Callable[[Array], Precision],
     ops: Ops,
     log_every: int,
+    penalty: Callable[[Array, Any, Any, Precision], Array] | None = None,
+    update_arguments: Callable[[Precision], dict[str, Any]] = lambda precision: {},
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
     """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", …})``; pure.
 
@@ -99,7 +101,10 @@ def make_train_step(
       schedule: step → `Precision`.
       ops: the counted operations, priced at the step's precision and added to ``state.bitops``.
       log_every: the averages start anew after every so many steps.
+      penalty: ``(step, params, quant, precision)`` → what is added to the loss; None for nothing.
+      update_arguments: precision → further arguments of ``optimizer.update``, besides ``quant``.
     """
+    transform = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Any]]:
         precision = schedule(state.step)
@@ -109,7 +114,7 @@ def make_train_step(
 
         trained = {"params": state.params, "quant": state.quant}
 
-        def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Array, Any]]:
+        def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Array, Array, Array, Any]]:
             logits, updated = qmodel.apply(
                 {**trained, **state.collections},
                 inputs,
@@ -118,10 +123,15 @@ def make_train_step(
                 rngs=rngs,
                 mutable=list(state.collections),
             )
-            return cross_entropy(logits, labels).mean(), (logits, updated)
+            loss = cross_entropy(logits, labels).mean()
+            added = jnp.zeros(())
+            if penalty is not None:
+                added = penalty(state.step, trained["params"], trained["quant"], precision)
+            return loss + added, (loss, added, logits, updated)
 
-        (loss, (logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+        (_, (loss, added, logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        extra = {"quant": state.quant, **update_arguments(precision)}
+        updates, opt_state = transform.update(grads, state.opt_state, trained, **extra)
         trained = optax.apply_updates(trained, updates)
         bits = bits_vector(precision)
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
@@ -129,6 +139,7 @@ def make_train_step(
         changed = (state.step > 0) & jnp.any(bits != previous.bits)
         measured = TrainMetrics.single_from_model_output(
             loss=loss,
+            penalty=added,
             accuracy=jnp.mean(jnp.argmax(logits, -1) == labels),
             grad_norm_ratio=_ratio(norms["grad_norm"], previous.grad_norm),
             update_norm_ratio=_ratio(norms["update_norm"], previous.update_norm),

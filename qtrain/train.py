@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -16,14 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from qtrain import cost, data, sharding, workdir
+from qtrain import cost, data, manifest, sharding, workdir
 from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
 from qtrain.errors import UsageError
 from qtrain.evaluate import Evaluator
 from qtrain.experiment import Experiment, build, describe
+from qtrain.init_from import load_float
+from qtrain.layer_metrics import make_layer_metrics
 from qtrain.progress import Progress
-from qtrain.state import TrainState, create, make_train_step, several_steps
+from qtrain.reestimate import check_reestimation
+from qtrain.state import TrainState, create, inputs_and_labels, make_train_step, several_steps
 from qtrain.writers import MetricsWriter
 
 PROFILED_STEPS = (10, 20)
@@ -61,6 +65,10 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
     experiment = build(config)
     if config.train.compilation_cache:
         _keep_compilations(config.train.compilation_cache)
+    check_reestimation(
+        experiment.qmodel, _abstract(experiment).variables, experiment.inputs(), config.eval.reestimate_batches
+    )
+    loaded = _loaded(experiment, folder, mesh)
     with _sigterm() as stopped:  # from here on there is something to save or to resume
         status = workdir.prepare(folder, config.to_dict(), workdir.package_versions())
         if status == "done":
@@ -68,7 +76,25 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
         experiment = _as_started(experiment, folder)
         if not quiet:
             print(describe(experiment), flush=True)
-        return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile)(stopped)
+        return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
+
+
+def _abstract(experiment: Experiment) -> TrainState:
+    """Shapes and dtypes of the state."""
+    shape = experiment.inputs()
+    return jax.eval_shape(
+        lambda: create(
+            experiment.qmodel, experiment.optimizer, experiment.config.seed, jnp.zeros(shape.shape, shape.dtype)
+        )
+    )
+
+
+def _loaded(experiment: Experiment, folder: str, mesh: Any) -> dict[str, Any] | None:
+    """What `init_from` names, before anything is written; None where the run goes on from a checkpoint of its own."""
+    path = experiment.config.init_from
+    if not path or manifest.folders(Path(folder) / "checkpoints"):
+        return None
+    return load_float(path, _abstract(experiment).variables, sharding=sharding.replicated(mesh))
 
 
 def _as_started(experiment: Experiment, folder: str) -> Experiment:
@@ -96,7 +122,16 @@ def _keep_compilations(folder: str) -> None:
 
 
 class _Run:
-    def __init__(self, experiment: Experiment, folder: Path, mesh: Any, resume: bool, quiet: bool, profile: bool):
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        mesh: Any,
+        resume: bool,
+        quiet: bool,
+        profile: bool,
+        loaded: dict[str, Any] | None,
+    ):
         self.experiment, self.folder, self.mesh = experiment, folder, mesh
         self.config = config = experiment.config
         self.per_dispatch = config.train.steps_per_dispatch
@@ -108,6 +143,8 @@ class _Run:
             experiment.precision,
             experiment.plan.ops,
             config.train.log_every_steps,
+            experiment.penalty,
+            experiment.update_arguments,
         )
         everywhere = sharding.replicated(mesh)
         self.step_fn = jax.jit(
@@ -116,11 +153,13 @@ class _Run:
             in_shardings=(everywhere, sharding.split(mesh, axis=int(self.per_dispatch > 1)), everywhere),
             out_shardings=everywhere,
         )
+        measure = make_layer_metrics(experiment)
+        self.layer_metrics = None if measure is None else jax.jit(measure)
         self.key = jax.random.key(config.seed)
         self.fingerprint = data.fingerprint(experiment.dataset, config.data.batch_size, config.data.seed)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, "test_accuracy")
         self.metadata: dict[str, Any] = {"elapsed": 0.0, "compilations": 0}
-        self.state = self._initial_state(resume)
+        self.state = self._initial_state(resume, loaded)
         self.start = int(self.state.step)
         self.writer = MetricsWriter(folder, self.start if self.start else None, enabled=jax.process_index() == 0)
         self.progress = Progress(
@@ -160,6 +199,8 @@ class _Run:
                 self._profile(step)
                 self.state, out = self.step_fn(self.state, self._next(batches), self.key)
                 step += self.per_dispatch
+                if self.layer_metrics is not None and step % config.train.log_every_steps == 0:
+                    out["layers"] = self.layer_metrics(self.state)
                 # The step before is looked at only now, while this one runs.
                 self._handle(pending)
                 pending = step, out
@@ -172,7 +213,7 @@ class _Run:
         workdir.finish(self.folder, summary)
         return summary
 
-    def _initial_state(self, resume: bool) -> TrainState:
+    def _initial_state(self, resume: bool, loaded: dict[str, Any] | None) -> TrainState:
         shape = self.experiment.inputs()
         inputs = jnp.zeros(shape.shape, shape.dtype)
 
@@ -189,7 +230,38 @@ class _Run:
                 data.check_fingerprint(restored.metadata["fingerprint"], self.fingerprint)
                 self.metadata = restored.metadata
                 return restored.state
-        return jax.jit(initial, out_shardings=everywhere)()
+        return self._begun(jax.jit(initial, out_shardings=everywhere)(), loaded)
+
+    def _begun(self, state: TrainState, loaded: dict[str, Any] | None) -> TrainState:
+        """`state` with the parameters to start from, and quantizers that begin with these and the first batch."""
+        experiment, everywhere = self.experiment, sharding.replicated(self.mesh)
+        if loaded is None and not experiment.learns:
+            return state
+        if loaded is not None:
+            params = loaded.pop("params")
+            state = dataclasses.replace(state, params=params, collections={**state.collections, **loaded})
+        if experiment.learns:
+            with data.train_iterator(
+                experiment.dataset,
+                self.config.data.batch_size,
+                self.config.data.seed,
+                jax.process_index(),
+                jax.process_count(),
+            ) as batches:
+                inputs, _ = inputs_and_labels(sharding.shard_batch(next(batches), self.mesh))
+            dropout, quant = jax.random.split(self.key)
+            variables = experiment.qmodel.calibrate(
+                state.variables,
+                inputs,
+                bits=jax.tree.map(np.float32, experiment.precision_at(0)),
+                rngs={"dropout": dropout, "quant": quant},
+                train=True,
+            )
+            state = dataclasses.replace(state, quant=jax.device_put(variables["quant"], everywhere))
+        trained = {"params": state.params, "quant": state.quant}
+        return dataclasses.replace(
+            state, opt_state=jax.jit(experiment.optimizer.init, out_shardings=everywhere)(trained)
+        )
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]]) -> Any:
         if self.per_dispatch == 1:
@@ -219,6 +291,9 @@ class _Run:
         if step % self.config.train.log_every_steps == 0:
             averages, bitops = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], (out["metrics"], out["bitops"]))
             values = {name: float(value) for name, value in averages.compute().items()}
+            if self.experiment.penalty is None:
+                del values["penalty"]
+            values |= {name: float(value) for name, value in out.get("layers", {}).items()}
             updates = (step - 1) // self.config.optimizer.accumulate_steps
             row = {
                 **values,

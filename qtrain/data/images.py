@@ -22,6 +22,7 @@ STATISTICS_EXAMPLES = 1024  # evenly spaced over the training images; for sets t
 STATISTICS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "mnist": ((0.1307,), (0.3081,)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -12,7 +12,12 @@ from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_batch_s
 from qtrain.errors import UsageError, did_you_mean
 
 # Shape and classes of each image set, which `smoke` needs before (and without) any file.
-_IMAGE_SHAPES = {"digits": digits.SHAPE, "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+_IMAGE_SHAPES = {
+    "digits": (digits.SHAPE, 10),
+    "mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+}
 _SMOKE_EXAMPLES = 512
 
 
@@ -159,8 +164,7 @@ def _smoke(config: DataConfig) -> Dataset:
     num_train = max(_SMOKE_EXAMPLES, 2 * config.batch_size)
     if _is_text(config.name):
         return _synthetic_text(config, name, num_train, _SMOKE_EXAMPLES // 4)
-    shape = _IMAGE_SHAPES.get(config.name, config.image_shape)
-    num_classes = 10 if config.name in _IMAGE_SHAPES else config.num_classes
+    shape, num_classes = _IMAGE_SHAPES.get(config.name, (config.image_shape, config.num_classes))
     return _synthetic_images(config, name, shape, num_classes, num_train, _SMOKE_EXAMPLES // 4)
 
 
@@ -168,6 +172,7 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "digits": _load_digits,
     "mnist": _load_tfds,
     "cifar10": _load_tfds,
+    "cifar100": _load_tfds,
     "tiny_shakespeare": _load_tiny_shakespeare,
     "text": _load_text,
     "synthetic": _load_synthetic,

@@ -7,6 +7,7 @@ from qtrain.inject.execution import Choice
 from qtrain.inject.linen import QuantizedModel, quantize
 from qtrain.inject.plan import Plan, Row
 from qtrain.inject.rules import Rule, default_rules, quantizer_from_config, rules_from_config
+from qtrain.inject.weights import Weight
 
 __all__ = [
     "Choice",
@@ -14,6 +15,7 @@ __all__ = [
     "QuantizedModel",
     "Row",
     "Rule",
+    "Weight",
     "default_rules",
     "quantize",
     "quantizer_from_config",

@@ -108,21 +108,6 @@ class Learned:
         return merged
 
 
-def frozen_leaves(quant: Mapping[str, Any], quantizers: Mapping[tuple[str, str], Quantizer]) -> Any:
-    """A tree like `quant` of booleans: the leaves that no optimizer is to move.
-
-    Args:
-      quant: the collection.
-      quantizers: (path, "weights" | "acts" | "bias") → quantizer.
-    """
-
-    def frozen(path: tuple[Any, ...], _: Any) -> bool:
-        *module, kind, name = (str(key.key) for key in path)
-        return name in quantizers["/".join(module), kind].frozen
-
-    return jax.tree_util.tree_map_with_path(frozen, quant)
-
-
 def check_learned(rule: Rule, path: str, shape: tuple[int, ...], contracted: tuple[int, ...]) -> None:
     """Refuse learned parameters of activations whose shape would depend on the batch.
 

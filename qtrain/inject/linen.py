@@ -23,7 +23,7 @@ from qtrain.inject.rules import Rule, default_rules
 from qtrain.inject.trace import Contract, Record, Trace
 from qtrain.inject.weights import Weight, weights
 from qtrain.precision import Precision
-from qtrain.quantizers import contract, noise
+from qtrain.quantizers import Quantizer, contract, noise
 from qtrain.quantizers.native import Paths
 
 Array = jax.Array
@@ -299,6 +299,27 @@ class QuantizedModel:
 
     def weights(self, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Weight, ...]:
         """The parameters that are quantized, an entry each, in order of execution; arguments as for `plan`."""
+        resolved, params = self._initial(rngs, args, kwargs)
+        return weights(resolved, self.rules, params)
+
+    def quantizers(self, *args: Any, rngs: Any = None, **kwargs: Any) -> dict[tuple[str, str], Quantizer]:
+        """(layer path, "weights" | "acts" | "bias" | "grads") → quantizer; arguments as for `plan`."""
+        fields = {
+            "weights": "weight_quantizer",
+            "acts": "act_quantizer",
+            "bias": "bias_quantizer",
+            "grads": "grad_quantizer",
+        }
+        assigned = self._initial(rngs, args, kwargs)[0].assigned
+        found = {
+            (path, kind): getattr(self.rules[index], field)
+            for path, index in assigned.items()
+            for kind, field in fields.items()
+        }
+        return {owner: quantizer for owner, quantizer in found.items() if quantizer is not None}
+
+    def _initial(self, rngs: Any, args: Any, kwargs: Any) -> tuple[Resolved, Any]:
+        """The rules resolved for initialisation, and the shapes of the parameters."""
         keys = rngs if isinstance(rngs, Mapping) else dict.fromkeys(("params", "dropout"), jax.random.key(0))
         dynamic, rebuild = split_static(jax.tree.map(abstract, (args, kwargs)))
 
@@ -307,7 +328,7 @@ class QuantizedModel:
             return self.module.init(dict(keys), *inner_args, **inner_kwargs)["params"]
 
         resolved = self._resolve(None, keys, *rebuild(dynamic))
-        return weights(resolved, self.rules, jax.eval_shape(initialise, dynamic))
+        return resolved, jax.eval_shape(initialise, dynamic)
 
     def _choices(self, resolved: Resolved) -> dict[str, Choice]:
         """The choice of each layer whose rule asks for more than float arithmetic."""

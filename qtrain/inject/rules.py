@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.quantizers import FORMATS, GRIDS, RESIDUALS, Float, Quantizer, Uniform
+from qtrain.inject.quantizer_config import quantizer_from_config
+from qtrain.quantizers import RESIDUALS, Quantizer, Uniform
 from qtrain.quantizers.base import static_bits
 
 OPS = ("dot", "conv")
@@ -72,6 +73,11 @@ class Rule:
                     f"rule {self.path!r}: {name}={getattr(self, name)!r} is not a quantizer; give one of "
                     "qtrain.quantizers, or None"
                 )
+        if self.grad_quantizer is not None and self.grad_quantizer.learns:
+            raise UsageError(
+                f"rule {self.path!r}: grad_quantizer={self.grad_quantizer.describe()!r} has parameters, and a backward "
+                "pass keeps none; give a Uniform or a Float"
+            )
         if not isinstance(self.ops, str | Sequence):
             raise UsageError(f"rule {self.path!r}: ops={self.ops!r}; give a tuple of {OPS}")
         ops = (self.ops,) if isinstance(self.ops, str) else tuple(self.ops)
@@ -105,53 +111,6 @@ def default_rules(
         "grad_quantizer": grad_quantizer,
     }
     return (Rule(position="ends", weights=ends, acts=ends, **quantizers), Rule(**quantizers))
-
-
-def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
-    """A quantizer from a config's value: None, ``"grid/per/rounding"``, or a mapping of `Uniform`'s fields.
-
-    With a small float's format in the place of the grid (``"e4m3/tensor"``, or the key ``format`` in a mapping) it is a
-    `Float`. ``"none"`` is None too: the command line can give a key that holds a string nothing else.
-
-    >>> quantizer_from_config("affine/tensor", "quant.rules[0].act_quantizer").describe()
-    'affine/tensor'
-
-    Raises:
-      UsageError: naming `key`.
-    """
-    if spec is None or isinstance(spec, Quantizer):
-        return spec
-    if isinstance(spec, str) and spec.lower() == "none":
-        return None
-    if isinstance(spec, str):
-        words = spec.split("/")
-        if len(words) > 3:
-            raise UsageError(f"{key}={spec!r}: give 'grid/per/rounding', each but the first optional")
-        first = "format" if words[0] in FORMATS else "grid"
-        spec = dict(zip((first, "per", "rounding"), words, strict=False))
-        if spec.get("per", "").isdecimal():
-            spec["per"] = int(spec["per"])
-    if hasattr(spec, "to_dict"):
-        spec = spec.to_dict()
-    if not isinstance(spec, Mapping):
-        raise UsageError(
-            f"{key}={spec!r}: give 'grid/per/rounding' such as 'affine/tensor' or 'e4m3/tensor', a mapping of "
-            "Uniform's or Float's fields, or None"
-        )
-    kind: type[Uniform | Float] = Float if "format" in spec else Uniform
-    fields = {field.name for field in dataclasses.fields(kind)}
-    for name in spec:
-        if name not in fields:
-            hint = did_you_mean(name, fields)
-            raise UsageError(f"{key}.{name}: {kind.__name__} has no such field; it takes {sorted(fields)}{hint}")
-    if kind is Uniform and spec.get("grid", "symmetric") not in GRIDS:
-        hint = did_you_mean(spec["grid"], (*GRIDS, *FORMATS))
-        raise UsageError(f"{key}.grid={spec['grid']!r}: give a grid of {GRIDS}, or a small float of {FORMATS}.{hint}")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in spec.items()}
-    try:
-        return kind(**values)
-    except (UsageError, TypeError) as error:
-        raise UsageError(f"{key}.{error}") from None
 
 
 def rules_from_config(specs: Sequence[Rule | Mapping[str, Any]], key: str = "quant.rules") -> tuple[Rule, ...]:

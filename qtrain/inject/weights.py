@@ -74,13 +74,29 @@ class Weight:
 
         `method`: "encode", "position", "scale" or "__call__".
         """
+
+        def function(own: Any, x: Array) -> Any:
+            return getattr(self.quantizer, method)(x, bits, own, axes=self.axes)
+
+        return self._over_stack(function, quant, self.value(params))
+
+    def decode(self, codes: Array, params: Any, quant: Mapping[str, Any], bits: Any) -> Array:
+        """The values that `codes` of the parameter stand for, on the grid that the parameter has at `bits`."""
+
+        def function(own: Any, x: Array, codes: Array) -> Any:
+            quantizer: Any = self.quantizer
+            return quantizer.decode(codes, quantizer.encode(x, bits, own, axes=self.axes)[1], axes=self.axes)
+
+        return self._over_stack(function, quant, self.value(params), codes)
+
+    def _over_stack(self, function: Callable[..., Any], quant: Mapping[str, Any], *arrays: Array) -> Any:
+        """``function(learned, *arrays)`` for each layer of a stack."""
         learned = self.learned(quant)
-        function: Callable[..., Any] = lambda x, own: getattr(self.quantizer, method)(x, bits, own, axes=self.axes)  # noqa: E731
         for level in range(self.stacked):
             # One set of parameters for a whole stack, unless the collection is stacked, too.
             own = learned is not None and _depth(self, learned) > self.stacked - 1 - level
-            function = jax.vmap(function, in_axes=(0, 0 if own else None))
-        return function(self.value(params), learned)
+            function = jax.vmap(function, in_axes=(0 if own else None, *(0 for _ in arrays)))
+        return function(learned, *arrays)
 
 
 def weights(resolved: Resolved, rules: Sequence[Rule], params: Any) -> tuple[Weight, ...]:

@@ -1,7 +1,8 @@
-"""Optimizers and learning-rate schedules by name, from a config."""
+"""Optimizers by name, from a config: optax's, each alone or with a schedule of transition rates."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -10,10 +11,12 @@ from typing import Any
 import jax
 import optax
 
-from qtrain.durations import duration
 from qtrain.errors import UsageError, did_you_mean
-
-SCHEDULES = ("constant", "cosine", "linear", "step")
+from qtrain.optim.codes import Codes
+from qtrain.optim.freezing import freeze_oscillations, freezing_threshold
+from qtrain.optim.learning_rate import learning_rate_schedule
+from qtrain.optim.oscillation import track_oscillations
+from qtrain.optim.transition import scale_by_transition_rate
 
 # Transforms of optax that take a schedule as learning_rate and need nothing but gradients and parameters.
 OPTIMIZERS = (
@@ -37,126 +40,189 @@ OPTIMIZERS = (
 )
 
 
-def learning_rate_schedule(
-    config: Mapping[str, Any], total_steps: int, steps_per_epoch: int, steps_per_update: int = 1
-) -> optax.Schedule:
-    """Learning rate over the optimizer's updates, one per `steps_per_update` steps.
+TRANSITION = {"sgdt": "sgd", "adamt": "adam", "adamwt": "adamw"}
+"""Optimizers whose latent quantized weights move at a transition-adaptive rate, and what they scale."""
 
-    ============  =============================================================================================
-    schedule      learning rate after the warm-up, u = progress from its end to the end of the run
-    ============  =============================================================================================
-    constant      `learning_rate`
-    cosine        from `learning_rate` to `final_factor` × it, half a cosine
-    linear        from `learning_rate` to `final_factor` × it, a line
-    step          × `decay_factor` at each of `boundaries_percent` (percent of the run)
-    ============  =============================================================================================
+NAMES = tuple(sorted((*OPTIMIZERS, *TRANSITION)))
+"""What ``optimizer.name`` may be."""
 
-    ``warmup_steps | warmup_epochs | warmup_percent`` prepend a line from 0.
 
-    Raises:
-      UsageError: for an unknown name, a number out of range, a warm-up as long as the run.
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which leaves of ``{"params": …, "quant": …}`` are optimized how.
+
+    Attributes:
+      labels: tree → a tree like it of "params" (ordinary parameters), "latent" (quantized weights under a
+        transition rate), "quant" (learned quantizer parameters) and "frozen"; None: all are ordinary.
+      codes: of the quantized weights, for `scale_by_transition_rate` and `track_oscillations`.
+      decode: the values of such codes, for `freeze_oscillations`.
     """
-    name, peak = config["schedule"], config["learning_rate"]
-    if name not in SCHEDULES:
-        raise UsageError(f"optimizer.schedule={name!r}: give one of {SCHEDULES}.{did_you_mean(name, SCHEDULES)}")
-    for key, value, allowed, fits in (
-        ("learning_rate", peak, "a number above 0", 0 < peak < math.inf),
-        ("final_factor", config["final_factor"], "a number from 0 to 1", 0 <= config["final_factor"] <= 1),
-        ("decay_factor", config["decay_factor"], "a number above 0", 0 < config["decay_factor"] < math.inf),
-    ):
-        if not fits:
-            raise UsageError(f"optimizer.{key}={value!r}: give {allowed}")
-    boundaries = list(config["boundaries_percent"])
-    if not all(isinstance(percent, int | float) and 0 < percent < 100 for percent in boundaries):
-        raise UsageError(f"optimizer.boundaries_percent={boundaries}: give percents between 0 and 100")
-    warmup_steps = duration(
-        config, "warmup", "optimizer", steps_per_epoch=steps_per_epoch, total_steps=total_steps, default=0
-    )
-    if warmup_steps >= total_steps:
-        raise UsageError(f"optimizer.warmup is {warmup_steps} steps of {total_steps}: make it shorter than the run")
-    total, warmup = -(-total_steps // steps_per_update), warmup_steps // steps_per_update
-    rest = total - warmup
-    final = config["final_factor"]
-    if name == "cosine":
-        main: optax.Schedule = optax.cosine_decay_schedule(peak, rest, alpha=final)
-    elif name == "linear":
-        main = optax.linear_schedule(peak, peak * final, rest)
-    elif name == "step":
-        if not boundaries:
-            raise UsageError("optimizer.boundaries_percent is empty: give percents between 0 and 100")
-        factors: dict[int, float] = {}
-        for percent in boundaries:  # in a short run two of them may fall on one update
-            at = round(percent / 100 * total) - warmup
-            factors[at] = factors.get(at, 1.0) * config["decay_factor"]
-        main = optax.piecewise_constant_schedule(peak, factors)
-    else:
-        main = optax.constant_schedule(peak)
-    if not warmup:
-        return main
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), main], [warmup])
+
+    labels: Callable[[Any], Any] | None = None
+    codes: Codes | None = None
+    decode: Callable[..., Any] | None = None
 
 
 def optimizer(
-    config: Mapping[str, Any], total_steps: int, steps_per_epoch: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    config: Mapping[str, Any], total_steps: int, steps_per_epoch: int, groups: Groups | None = None
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The optimizer a config names: clipping, weight decay, the transform, accumulation.
 
     Args:
-      config: ``name`` (one of optax's, see `OPTIMIZERS`), ``learning_rate`` and the keys of `learning_rate_schedule`;
+      config: ``name`` (one of `NAMES`), ``learning_rate`` and the keys of `learning_rate_schedule`;
         ``momentum`` and ``nesterov`` for sgd; ``weight_decay``: coupled (added to the gradient, as an L2 penalty)
         except where the optimizer decouples it itself (adamw, lion, …); ``decay`` "kernels" (tensors of two and more
         axes) or "all"; ``clip_norm``: global gradient norm, 0 for none; ``accumulate_steps``: micro-batches averaged
-        into one update; ``options``: further arguments of the optax function.
+        into one update; ``options``: further arguments of the optax function; ``quant``: ``learning_rate`` (None: the
+        same), following the same schedule, and ``weight_decay`` of learned quantizer parameters; ``transition``: see
+        `transition_from_config`; ``oscillation``: ``track`` counts the oscillations of quantized weights, ``freeze``
+        also freezes weights by `freezing_threshold` (``freeze_start``, ``freeze_end``, ``freeze_from_percent``), both
+        with ``momentum``.
       total_steps: training steps (micro-batches).
       steps_per_epoch: of the training data.
+      groups: which parameter belongs to which group; None: all are ordinary.
 
     Returns:
-      The transform, and the learning rate as a function of its updates.
+      The transform, and the learning rate as a function of its updates. A transform with a transition rate needs
+      ``update(…, bits=, quant=)``.
 
     Raises:
       UsageError: for an unknown name or option, or a value out of range.
     """
     name = config["name"]
-    if name not in OPTIMIZERS:
-        raise UsageError(f"optimizer.name={name!r}: give one of {OPTIMIZERS}.{did_you_mean(name, OPTIMIZERS)}")
+    if name not in NAMES:
+        raise UsageError(f"optimizer.name={name!r}: give one of {NAMES}.{did_you_mean(name, NAMES)}")
     every = config["accumulate_steps"]
     if not isinstance(every, int) or not 1 <= every <= total_steps:
         allowed = f"a whole number from 1 to the {total_steps} steps of the run"
         raise UsageError(f"optimizer.accumulate_steps={every!r}: give {allowed}")
     for key in ("weight_decay", "clip_norm"):
-        if not 0 <= config[key] < math.inf:
-            raise UsageError(f"optimizer.{key}={config[key]!r}: give a number of at least 0")
+        _at_least_zero(f"optimizer.{key}", config[key])
     if not 0 <= config["momentum"] < 1:
         raise UsageError(f"optimizer.momentum={config['momentum']!r}: give a number from 0 to below 1")
     schedule = learning_rate_schedule(config, total_steps, steps_per_epoch, every)
+    ordinary = _base(config, schedule, config["weight_decay"])
+    clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
+    if groups is None or groups.labels is None:
+        if name in TRANSITION:
+            raise UsageError(f"optimizer.name={name!r}: no weight is quantized, so none has transitions to schedule")
+        transform = optax.chain(*clip, ordinary)
+    else:
+        quant = config["quant"]
+        _at_least_zero("optimizer.quant.weight_decay", quant["weight_decay"])
+        own = config["learning_rate"] if quant["learning_rate"] is None else quant["learning_rate"]
+        _at_least_zero("optimizer.quant.learning_rate", own)
+        factor = own / config["learning_rate"]
+        parts = {
+            "params": ordinary,
+            "quant": _base({**config, "decay": "all"}, lambda step: factor * schedule(step), quant["weight_decay"]),
+            "frozen": optax.set_to_zero(),
+        }
+        if name in TRANSITION:
+            assert groups.codes is not None
+            rate = transition_from_config(config, groups.codes, total_steps, steps_per_epoch, every)
+            # The decay is part of what the rate scales, coupled or not.
+            parts["latent"] = optax.chain(_base(config, 1.0, config["weight_decay"]), rate)
+        transform = optax.chain(*clip, optax.partition(parts, groups.labels))
+    transform = optax.chain(transform, *_oscillation(config["oscillation"], groups, -(-total_steps // every)))
+    if every > 1:
+        steps = optax.MultiSteps(transform, every_k_schedule=every)
+        transform = optax.GradientTransformationExtraArgs(steps.init, steps.update)
+    return optax.with_extra_args_support(transform), schedule
+
+
+def transition_from_config(
+    config: Mapping[str, Any], codes: Codes, total_steps: int, steps_per_epoch: int, steps_per_update: int = 1
+) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_transition_rate` from the keys of ``optimizer.transition``.
+
+    The target is λ·d(u)·√b for a run's progress u: ``factor`` λ, ``schedule`` d with the keys of the learning rate's
+    (``final_factor``, ``boundaries_percent``, ``decay_factor``), ``target_scale`` "sqrt_bits" or "none";
+    ``initial_rate`` (None: ``optimizer.learning_rate``), ``momentum``, ``rule``, ``gain`` and ``max_rate`` are passed
+    on.
+
+    Raises:
+      UsageError: for a value out of range.
+    """
+    own = dict(config["transition"])
+    decay = {**config, **{key: own[key] for key in ("schedule", "final_factor")}, "learning_rate": own["factor"]}
+    no_warmup = {f"warmup_{unit}": 0 for unit in ("steps", "epochs", "percent")}
+    if not isinstance(own["factor"], int | float) or not 0 < own["factor"] < 1:
+        raise UsageError(f"optimizer.transition.factor={own['factor']!r}: give a share of the weights, between 0 and 1")
+    if own["target_scale"] not in ("sqrt_bits", "none"):
+        near = did_you_mean(str(own["target_scale"]), ("sqrt_bits", "none"))
+        raise UsageError(
+            f"optimizer.transition.target_scale={own['target_scale']!r}: give 'sqrt_bits' or 'none'.{near}"
+        )
+    target = learning_rate_schedule(
+        {**decay, **no_warmup}, total_steps, steps_per_epoch, steps_per_update, key="optimizer.transition"
+    )
+    try:
+        return scale_by_transition_rate(
+            codes,
+            target,
+            config["learning_rate"] if own["initial_rate"] is None else own["initial_rate"],
+            momentum=own["momentum"],
+            rule=own["rule"],
+            gain=own["gain"],
+            max_rate=own["max_rate"],
+            target_scale=None if own["target_scale"] == "none" else own["target_scale"],
+        )
+    except UsageError as error:
+        raise UsageError(f"optimizer.transition: {error}") from None
+
+
+def _oscillation(
+    config: Mapping[str, Any], groups: Groups | None, total_updates: int
+) -> list[optax.GradientTransformation]:
+    """What ``optimizer.oscillation`` asks for: nothing, tracking, or tracking and freezing."""
+    if not config["track"] and not config["freeze"]:
+        return []
+    if groups is None or groups.codes is None or groups.decode is None:
+        raise UsageError("optimizer.oscillation: no weight is quantized; set track and freeze to False")
+    try:
+        if not config["freeze"]:
+            return [track_oscillations(groups.codes, config["momentum"])]
+        ends = config["freeze_start"], config["freeze_end"]
+        threshold = freezing_threshold(total_updates, *ends, first=config["freeze_from_percent"] / 100)
+        return [freeze_oscillations(groups.codes, groups.decode, threshold, config["momentum"])]
+    except UsageError as error:
+        raise UsageError(f"optimizer.oscillation: {error}") from None
+
+
+def _base(config: Mapping[str, Any], rate: float | optax.Schedule, decay: float) -> optax.GradientTransformation:
+    """The named transform of optax at a learning rate, with its weight decay."""
+    name = TRANSITION.get(config["name"], config["name"])
     function: Callable[..., optax.GradientTransformation] = getattr(optax, name)
     parameters = inspect.signature(function).parameters
     arguments: dict[str, Any] = {}
     if name == "sgd":
         arguments |= {"momentum": config["momentum"] or None, "nesterov": config["nesterov"]}
     mask = _decay_mask(config["decay"])
-    chain = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
+    chain = []
     if "weight_decay" in parameters:
-        arguments["weight_decay"] = config["weight_decay"]
+        arguments["weight_decay"] = decay
         masks = [key for key in ("mask", "weight_decay_mask") if key in parameters]
         arguments |= dict.fromkeys(masks, mask)
-    elif config["weight_decay"]:
-        chain.append(optax.add_decayed_weights(config["weight_decay"], mask))
+    elif decay:
+        chain.append(optax.add_decayed_weights(decay, mask))
     for key, value in config["options"].items():
         if key not in parameters:
             allowed = f"{sorted(parameters)}.{did_you_mean(key, parameters)}"
             raise UsageError(f"optimizer.options.{key}: optax.{name} takes {allowed}")
         arguments[key] = value
     try:
-        transform = optax.chain(*chain, function(schedule, **arguments))
+        transform = optax.chain(*chain, function(rate, **arguments))
         _dry_run(transform)
     except Exception as error:  # whatever optax makes of a value that it does not take
         options = dict(config["options"])
         raise UsageError(f"optimizer.options={options}: optax.{name} refuses: {' '.join(str(error).split())}") from None
-    if every > 1:
-        steps = optax.MultiSteps(transform, every_k_schedule=every)
-        transform = optax.GradientTransformation(steps.init, steps.update)
-    return transform, schedule
+    return transform
+
+
+def _at_least_zero(key: str, value: Any) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise UsageError(f"{key}={value!r}: give a number of at least 0")
 
 
 def _dry_run(transform: optax.GradientTransformation) -> None:

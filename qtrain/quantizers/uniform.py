@@ -254,6 +254,38 @@ class Uniform(Quantizer):
         view = layout(codes.shape, self.per, axes)
         return self._values(codes.reshape(view.shape).astype(jnp.float32), scale).reshape(codes.shape)
 
+    def bounds(self, bits: Any) -> tuple[Array, Array]:
+        """The lowest and the highest code at `bits`, float32; of the sign grid −1 and 1."""
+        return self._bounds(jnp.asarray(bits))
+
+    def position(
+        self, x: Array, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
+    ) -> Array:
+        """Where `x` lies on the grid, in steps, before rounding and clipping: float32, its shape.
+
+        Half-integers from the first to the last of `transitions` are where the code changes: for ``rounding="floor"``
+        it is x/s − ½ (of stochastic rounding: where either neighbour is as likely). On the sign grid, whose levels are
+        2s apart, it is (x/s − 1)/2.
+
+        Raises:
+          UsageError: as `encode`.
+        """
+        concrete = static_bits(bits)
+        if concrete is not None and concrete >= FLOAT_BITS:
+            raise UsageError(f"bits: {bits!r} leaves a tensor in float and has no grid; give at most 23")
+        view = layout(x.shape, self.per, axes)
+        values = lax.stop_gradient(x).reshape(view.shape)
+        bits = jnp.asarray(bits if concrete is None else concrete)
+        in_steps = self._in_steps(values, self._scale(values, bits, view, params, concrete))
+        position = in_steps - 0.5 if self.rounding == "floor" else in_steps
+        return jnp.where(self._one_bit(bits), 0.5 * (in_steps - 1.0), position).reshape(x.shape)
+
+    def transitions(self, bits: Any) -> tuple[Array, Array]:
+        """The `position` of the lowest and of the highest point where the code changes."""
+        low, high = self.bounds(bits)
+        sign = self._one_bit(jnp.asarray(bits))
+        return jnp.where(sign, -0.5, low + 0.5), jnp.where(sign, -0.5, high - 0.5)
+
     def range(self, x: Array, *, axes: Axes | None = None) -> dict[str, Array]:
         """The statistics of `x` that its scale is made from: float32, one for each scale.
 
@@ -308,20 +340,28 @@ class Uniform(Quantizer):
         high = jnp.maximum(power_of_two(bits - 1) - 1.0, 1.0)
         return -high, high
 
+    def _one_bit(self, bits: Array) -> Array:
+        """Where `bits` means the sign grid."""
+        return (bits == 1) & (self.grid in ("symmetric", "aqt")) | (self.grid == "sign")
+
     def _inside(self, in_steps: Array, bits: Array, dtype: Any) -> Array:
         low, high = self._bounds(bits)
         # The scale's own rounding must not push the tensor's largest value, which may lie exactly half a step out.
         slack = 1.0 + 2.0 * float(jnp.finfo(dtype).eps)
         return (in_steps >= (low - 0.5) * slack) & (in_steps <= (high + 0.5) * slack)
 
+    def _in_steps(self, values: Array, scale: Any) -> Array:
+        """x/s, or (x − x_min)/s, in float32."""
+        values = values.astype(jnp.float32)
+        if isinstance(scale, AffineScale):
+            values = values - scale.offset.astype(jnp.float32)
+            scale = scale.scale
+        return values * (1.0 / scale.astype(jnp.float32))
+
     def _codes(self, values: Array, bits: Array, scale: Any, key: Array | None) -> tuple[Array, Array]:
         """Whole codes as float32, and x/s before rounding."""
-        values = values.astype(jnp.float32)
-        step = scale
-        if isinstance(scale, AffineScale):
-            step = scale.scale
-            values = values - scale.offset.astype(jnp.float32)
-        in_steps = values * (1.0 / step.astype(jnp.float32))
+        step = scale.scale if isinstance(scale, AffineScale) else scale
+        in_steps = self._in_steps(values, scale)
         if self.grid == "sign":
             return jnp.where(values >= 0, 1.0, -1.0), in_steps
         if self.rounding == "stochastic":

@@ -1,0 +1,10 @@
+"""Loss terms of quantized weights, each with a rate of its own that may follow a schedule.
+
+A term is a function ``(weights, params, quant, precision) -> float32 scalar`` of the table of quantized weights
+(`qtrain.inject.Weight`), the parameters, what quantizers have learned, and the step's precision.
+"""
+
+from qtrain.losses.build import LOSSES, SCHEDULES, penalty_from_config
+from qtrain.losses.terms import dampening
+
+__all__ = ["LOSSES", "SCHEDULES", "dampening", "penalty_from_config"]
