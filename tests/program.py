@@ -87,7 +87,8 @@ def rows(folder, kind=None):
 def initial_state(experiment, seed=0):
     """The train state at step 0."""
     shape = experiment.inputs()
-    return create(experiment.qmodel, experiment.optimizer, seed, jnp.zeros(shape.shape, shape.dtype))
+    # Compiled whole, as the program does: its operations one by one would be dozens of programs.
+    return jax.jit(lambda: create(experiment.qmodel, experiment.optimizer, seed, jnp.zeros(shape.shape, shape.dtype)))()
 
 
 def final_state(config, folder):

@@ -97,6 +97,7 @@ def test_synthetic_tokens_are_deterministic_and_learnable():
         ("digits", (8, 8, 1), 10),
         ("mnist", (28, 28, 1), 10),
         ("cifar10", (32, 32, 3), 10),
+        ("cifar100", (32, 32, 3), 100),
         ("tiny_shakespeare", (16,), 256),
         ("text", (16,), 256),
         ("synthetic", (4, 6, 2), 7),

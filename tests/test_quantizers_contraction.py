@@ -231,8 +231,10 @@ def test_in_every_transformation(residuals):
             "second": layer(2 * x, w, four),
         }
 
-    with jax.checking_leaks():
-        results = run(X, w, jnp.float32(2), jnp.float32(4))
+    results = run(X, w, jnp.float32(2), jnp.float32(4))
+    with jax.checking_leaks():  # which traces every small function anew at every use, so only what nests most
+        jax.eval_shape(jax.grad(lambda x: scanned(x, w, jnp.float32(4), remat)), X)
+        jax.eval_shape(jax.vmap(jax.grad(lambda x, b: jnp.sum(layer(x, w, b))), (None, 0)), X, jnp.array([2.0, 4.0]))
     for name, index in [("remat", ...), ("scan", ...), ("widths", 1)]:
         for a, b in zip(jax.tree.leaves(results[name]), jax.tree.leaves(results["four"]), strict=True):
             close(a[index], b)

@@ -162,12 +162,12 @@ slow = pytest.mark.slow
         pytest.param("initial SIGKILL", KILLED, [], marks=slow),
         pytest.param("unsealed 1", KILLED, [], marks=slow),  # the only one half-written
         ("unsealed 2", KILLED, [6]),
-        ("published 2", KILLED, [6, 12]),  # right after one
+        pytest.param("published 2", KILLED, [6, 12], marks=slow),  # right after one
         pytest.param("evaluating 2 SIGKILL", KILLED, [6, 12], marks=slow),
         ("unfinished", KILLED, [18, 24]),  # between the last checkpoint and the summary
         pytest.param("summarized", KILLED, [18, 24], marks=slow),  # between the summary and DONE
         ("initial SIGTERM", STOPPED, [0]),
-        ("batch 9 SIGTERM", STOPPED, [6, 9]),
+        pytest.param("batch 9 SIGTERM", STOPPED, [6, 9], marks=slow),
         ("saving 9", STOPPED, [6, 9]),  # SIGTERM, and twice more while that is saved
         pytest.param("batch 12 SIGTERM", STOPPED, [6, 12], marks=slow),  # a checkpoint is due there too
         ("batch 9 SIGINT", 130, [6]),

@@ -15,13 +15,16 @@ PANELS = {
     "transition/running": "transition rate (share of codes per update)",
     "transition/talr": "transition-adaptive learning rate U",
     "accuracy": "accuracy",
+    "transition/distance": "distance to a transition (steps of the grid)",
+    "transition/oscillation": "oscillations (share of updates)",
 }
+LOGARITHMIC = ("transition/running", "transition/talr")
 
 
 def plot_transition_rates(
     runs: Mapping[str, Any], out: Any, *, layer: str | None = None, accuracy: str | None = None
 ) -> pathlib.Path:
-    """Draw transition rate, learning rate and accuracy of runs over the steps, one panel each.
+    """Draw transition rate, learning rate, accuracy, distance and oscillations of runs over the steps, one panel each.
 
     The first panel has the running rate K of each run as a line, the rate k as a faint line behind it and the target R
     dashed, on a logarithmic axis; what is 0 is not on it. A panel for which no run has numbers is left out.
@@ -66,11 +69,11 @@ def plot_transition_rates(
                 if "transition/target" in found:
                     axes.plot(*_positive(found["transition/target"]), color=colour, linestyle="--", linewidth=1.0)
             if key in found:
-                points = found[key] if key == "accuracy" else _positive(found[key])
+                points = _positive(found[key]) if key in LOGARITHMIC else found[key]
                 axes.plot(*points, color=colour, label=label, linewidth=1.4)
         axes.set_ylabel(PANELS[key].replace(" (", "\n("), fontsize=9)
         axes.grid(alpha=0.3)
-        if key != "accuracy":
+        if key in LOGARITHMIC:
             axes.set_yscale("log")
     column[0].set_title(f"{layer or 'all quantized weights'}: K solid, k faint, target R dashed", fontsize=10)
     column[-1].set_xlabel("training step")
@@ -105,7 +108,8 @@ def _rows(label: Any, source: Any) -> list[Mapping[str, Any]]:
 
 def _series(rows: Iterable[Mapping[str, Any]], prefix: str, accuracy: str | None) -> dict[str, Points]:
     rows = list(rows)
-    wanted = {f"transition/{name}": [f"{prefix}{name}"] for name in ("rate", "running", "target", "talr")}
+    names_of_series = ("rate", "running", "target", "talr", "distance", "oscillation")
+    wanted = {f"transition/{name}": [f"{prefix}{name}"] for name in names_of_series}
     wanted["accuracy"] = [accuracy] if accuracy else ["test_accuracy", "accuracy"]
     found = {}
     for key, names in wanted.items():

@@ -20,7 +20,7 @@ SMALLEST_RATE = 1e-8  # the authors' ε: it keeps rates finite where nothing mov
 
 
 class Scalars(NamedTuple):
-    """What a rule reads and writes: an entry for each tensor, as in `TransitionState`; the last two for one rule only."""
+    """What a rule reads and writes: vectors as in `TransitionState`. The last two are the proportional rule's."""
 
     running: Array
     rate: Array

@@ -67,6 +67,24 @@ class Quantizer(abc.ABC):
         return {}
 
     @property
+    def chooses_width(self) -> bool:
+        """Whether it decides for itself how many bits a tensor takes: `width` says."""
+        return False
+
+    def width(
+        self, x: Array | None, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
+    ) -> Array:
+        """The bits that an element takes, on average over the tensor: float32 scalar, where `chooses_width`.
+
+        Args:
+          x: the tensor; may be None where the width depends on parameters alone.
+          bits: the step's, which a width that is learned does not exceed.
+          params: what was learned.
+          axes: the contracted axes, as for a call.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes the width it is given")
+
+    @property
     def code_dtype(self) -> str | None:
         """What `coded` gives: "int8", the name of an 8-bit float, or None where there are no such codes."""
         return None
