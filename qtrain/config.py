@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -69,7 +70,9 @@ QUANT: dict[str, Any] = {
     "weights": "symmetric/channel",
     "acts": "symmetric/channel",
     "grads": "symmetric/tensor/stochastic",
+    "bias": "none",
     "ends": 8,
+    "threshold": {"schedule": "constant", "final_factor": 1.0},
     "residuals": "quantized",
     "execution": "fake",
     "rules": (),
@@ -96,14 +99,16 @@ def base_config(task: str) -> ConfigDict:
     init_from    a run whose parameters to start from (its folder, or a checkpoint in it): `qtrain.init_from`; "": none
     data         `qtrain.data.DataConfig`; ``data.seed`` is order and augmentation, ``data.dir`` where TFDS sets lie
     model        ``name``, ``dtype`` ("float32", "bfloat16": of the computation) and the model's own fields
-    quant        ``recipe`` "default": quantizers ``weights``, ``acts``, ``grads`` (`quantizer_from_config`), and
-                 ``ends`` (bits of the first and the last layer); "cpt" and "trs" bring their own: `qtrain.methods`.
+    quant        ``recipe`` "default": quantizers ``weights``, ``acts``, ``grads``, ``bias`` (`quantizer_from_config`)
+                 and ``ends`` (bits of the first and the last layer); "cpt" and "trs" bring their own: `qtrain.methods`.
                  For any of them ``residuals``, ``execution`` ("fake", "native", "auto", as `Rule` has them);
                  ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with residuals and execution of
-                 their own; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
+                 their own; ``threshold``: the schedule of nested quantizers' λ; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
     schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ
     optimizer    `qtrain.optim.optimizer`; ``quant``: learned quantizer parameters; ``transition``: of the optimizers
                  sgdt, adamt and adamwt; ``oscillation``: ``track`` (as metrics), ``freeze``
+    budget       what learned widths may cost: ``unit`` ("none", "bits", "bytes", "bitops"), ``target``, see
+                 `qtrain.losses.budget.budget_from_config`
     losses       penalties added to the loss: ``<name>.rate`` and its ``schedule``, see `qtrain.losses`
     train        ``steps`` or ``epochs`` (the other 0), ``log_every_steps``, ``steps_per_dispatch``,
                  ``compilation_cache`` (a folder)
@@ -138,7 +143,7 @@ def _shared_keys() -> dict[str, Any]:
         "init_from": "",
         "data": dict(DEFAULTS),
         "model": {"name": "", "dtype": "float32"},
-        "quant": dict(QUANT),
+        "quant": copy.deepcopy(QUANT),
         "schedule": {**_schedule_keys(), **{kind: _schedule_keys() for kind in ("weights", "acts", "grads")}},
         "optimizer": {
             "name": "adam",
@@ -177,6 +182,13 @@ def _shared_keys() -> dict[str, Any]:
                 "freeze_end": 0.01,
                 "freeze_from_percent": 25.0,
             },
+        },
+        "budget": {
+            "unit": "none",
+            "target": 3.0,
+            "start": placeholder(float),
+            "schedule": "linear_down",
+            "rate": 0.01,
         },
         "losses": {name: {"rate": 0.0, "schedule": "constant"} for name in LOSSES},
         "train": {

@@ -31,7 +31,13 @@ class Evaluator:
         # A backend whose bits are frozen at compile time closes over them.
         self._fixed = jax.jit(lambda variables, batch: step(variables, batch, experiment.fixed))
         self._reestimated = experiment.config.eval.reestimate_batches
-        self._reestimate = jax.jit(make_reestimate_step(experiment.qmodel))
+        reestimate_step, everywhere = make_reestimate_step(experiment.qmodel), sharding.replicated(mesh)
+        if experiment.fixed is not None:
+
+            def reestimate_step(*arguments: Any, _step: Any = reestimate_step) -> Any:
+                return _step(*arguments[:-1], None if arguments[-1] is None else experiment.fixed)
+
+        self._reestimate = jax.jit(reestimate_step, out_shardings=everywhere)
 
     def __call__(self, state: TrainState, split: str = "test") -> dict[str, float]:
         """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``."""

@@ -11,6 +11,7 @@ import optax
 from ml_collections import ConfigDict
 
 from qtrain import cost, data, models, schedules
+from qtrain.additions import Additions
 from qtrain.config import QUANT, check_keys
 from qtrain.data import Dataset
 from qtrain.durations import duration
@@ -29,7 +30,8 @@ from qtrain.inject import (
 from qtrain.inject.execution import Choice
 from qtrain.inject.rules import EXECUTIONS
 from qtrain.losses import penalty_from_config
-from qtrain.losses.build import Penalty
+from qtrain.losses.budget import budget_from_config, initial_controller
+from qtrain.losses.thresholds import thresholds_from_config
 from qtrain.methods import aqt
 from qtrain.methods.cpt import cpt_rules
 from qtrain.methods.trs import trs_rules
@@ -39,6 +41,8 @@ from qtrain.precision import Precision
 from qtrain.quantizers import RESIDUALS
 from qtrain.quantizers.native import WIDEST
 from qtrain.schedules import PrecisionSchedule
+from qtrain.state import NOTHING
+from qtrain.widths import Widths
 
 PAPERS: dict[str, Callable[[], tuple[Rule, ...]]] = {"cpt": cpt_rules, "trs": trs_rules}
 """Recipes with quantizers of their own."""
@@ -56,7 +60,8 @@ class Experiment:
       eval_every, checkpoint_every: steps between them; 0 for only at the end.
       fixed: the one precision of a backend that cannot take traced bits, else None.
       weights: the quantized parameters.
-      penalty: what is added to the loss, see `qtrain.losses`; None for nothing.
+      widths: of the tensors, some of which quantizers may choose.
+      additions: what the method adds to the train step.
     """
 
     config: ConfigDict
@@ -71,16 +76,13 @@ class Experiment:
     checkpoint_every: int
     fixed: Precision | None
     weights: tuple[Weight, ...] = ()
-    penalty: Penalty | None = None
+    widths: Widths | None = None
+    additions: Additions = NOTHING
 
     @property
     def learns(self) -> bool:
         """Whether quantizers have parameters of their own."""
         return any(quantizer.learns for quantizer in self.qmodel.quantizers(self.inputs(), train=True).values())
-
-    def update_arguments(self, precision: Precision) -> dict[str, Any]:
-        """What the optimizer is told at a step, besides gradients and parameters."""
-        return {"bits": bits_tree(self.weights, precision)} if self.weights else {}
 
     @property
     def q_max(self) -> Precision:
@@ -160,12 +162,10 @@ def build(config: ConfigDict) -> Experiment:
     # As chosen for the training batch, so that evaluation at another size does the same arithmetic.
     qmodel = qmodel.with_choices(plan.choices)
     weights = qmodel.weights(inputs, train=True)
-    groups = parameter_groups(
-        weights,
-        qmodel.quantizers(inputs, train=True),
-        schedule.q_max,
-        transition=config.optimizer.name in TRANSITION,
-    )
+    quantizers = qmodel.quantizers(inputs, train=True)
+    transition = config.optimizer.name in TRANSITION
+    groups = parameter_groups(weights, quantizers, schedule.q_max, transition=transition)
+    widths = Widths(plan, weights, quantizers)
     transform, learning_rate = optimizer(config.optimizer.to_dict(), total_steps, steps_per_epoch, groups)
 
     def every(section: str) -> int:
@@ -186,7 +186,28 @@ def build(config: ConfigDict) -> Experiment:
         checkpoint_every=every("checkpoint"),
         fixed=fixed,
         weights=weights,
-        penalty=penalty_from_config(config.losses.to_dict(), latent_weights(weights, schedule.q_max), total_steps),
+        widths=widths,
+        additions=_additions(config, widths, schedule.q_max, total_steps),
+    )
+
+
+def _additions(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Additions:
+    losses = penalty_from_config(config.losses.to_dict(), latent_weights(widths.weights, q_max), total_steps)
+    budget = budget_from_config(config.budget.to_dict(), widths, q_max, total_steps)
+
+    def penalty(step: Any, params: Any, quant: Any, precision: Precision, controller: Any) -> tuple[Any, Any]:
+        added = 0.0 if losses is None else losses(step, params, quant, precision)
+        if budget is None:
+            return added, controller
+        more, controller = budget(step, params, quant, precision, controller)
+        return added + more, controller
+
+    return Additions(
+        penalty=None if losses is None and budget is None else penalty,
+        controller=dict if budget is None else initial_controller,
+        update_arguments=lambda precision: {"bits": bits_tree(widths.weights, precision)} if widths.weights else {},
+        scheduled=thresholds_from_config(config.quant.threshold.to_dict(), widths.weights, total_steps),
+        priced=widths.priced,
     )
 
 
@@ -283,6 +304,7 @@ def _rules(config: ConfigDict) -> tuple[Rule, ...]:
         weight_quantizer=quantizer_from_config(quant.weights, "quant.weights"),
         act_quantizer=quantizer_from_config(quant.acts, "quant.acts"),
         grad_quantizer=quantizer_from_config(quant.grads, "quant.grads"),
+        bias_quantizer=quantizer_from_config(quant.bias, "quant.bias"),
         ends=quant.ends,
     )
     return (*own, *(dataclasses.replace(rule, **chosen) for rule in recipe))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from qtrain.groups import latent_weights
-from qtrain.optim import distance_to_transition, named_rows, oscillation_metrics, transition_metrics
+from qtrain.optim import named_rows, oscillation_metrics, transition_metrics
 from qtrain.optim.build import TRANSITION
 from qtrain.optim.transition_metrics import with_overall
 from qtrain.state import TrainState
@@ -20,7 +20,7 @@ def make_layer_metrics(experiment: Any) -> Callable[[TrainState], dict[str, Arra
     """``state -> {name: scalar}``, at the precision of its last step; None where a run has nothing of the kind.
 
     Of weights under a transition rate ``transition/<parameter>/…``, over all of them ``transition/…``: see
-    `qtrain.optim.transition_metrics`, and ``distance``, `qtrain.optim.distance_to_transition`. Where oscillations are
+    `qtrain.optim.transition_metrics`, and the mean ``distance`` to where a code changes. Where oscillations are
     tracked, `qtrain.optim.oscillation_metrics` beside them.
     """
     optimizer = experiment.config.optimizer
@@ -31,11 +31,7 @@ def make_layer_metrics(experiment: Any) -> Callable[[TrainState], dict[str, Arra
     def measure(state: TrainState) -> dict[str, Array]:
         precision = experiment.precision(state.step - 1)
         distances = {
-            weight.name: {
-                "distance": distance_to_transition(
-                    weight.apply("position", state.params, state.quant, weight.bits(precision))
-                )
-            }
+            weight.name: {"distance": weight.distance_to_transition(state.params, state.quant, weight.bits(precision))}
             for weight in weights
         }
         found = with_overall(distances, {weight.name: weight.size for weight in weights})

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from qtrain import cost
+from qtrain.additions import Additions
 from qtrain.cost import Ops, Total
 from qtrain.inject import QuantizedModel
 from qtrain.metrics import TrainMetrics, bits_vector, cross_entropy
@@ -19,6 +20,8 @@ from qtrain.precision import Precision
 
 Array = jax.Array
 Batch = Mapping[str, Array]
+
+NOTHING = Additions()
 
 
 class Previous(NamedTuple):
@@ -39,6 +42,7 @@ class TrainState:
       quant: learned quantizer parameters.
       collections: the model's other variables (``batch_stats``) and ``quant_stats``.
       opt_state: of the optimizer.
+      controller: what the penalty steers by, see `Additions`.
       bitops: BitOps spent so far.
       metrics: averages since the last written row.
       previous: see `Previous`.
@@ -49,6 +53,7 @@ class TrainState:
     quant: Any
     collections: Any
     opt_state: Any
+    controller: Any
     bitops: Total
     metrics: TrainMetrics
     previous: Previous
@@ -59,7 +64,13 @@ class TrainState:
         return {"params": self.params, "quant": self.quant, **self.collections}
 
 
-def create(qmodel: QuantizedModel, optimizer: optax.GradientTransformation, seed: int, inputs: Array) -> TrainState:
+def create(
+    qmodel: QuantizedModel,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    inputs: Array,
+    additions: Additions = NOTHING,
+) -> TrainState:
     """The state at step 0; `inputs` gives the shape of a batch."""
     variables = qmodel.init({"params": jax.random.key(seed), "dropout": jax.random.key(seed)}, inputs)
     collections = {name: value for name, value in variables.items() if name not in ("params", "quant")}
@@ -71,6 +82,7 @@ def create(qmodel: QuantizedModel, optimizer: optax.GradientTransformation, seed
         quant=quant,
         collections=collections,
         opt_state=optimizer.init({"params": params, "quant": quant}),
+        controller=additions.controller(),
         bitops=cost.zero(),
         metrics=TrainMetrics.empty(),
         previous=Previous(jnp.zeros((3,)), nothing, nothing),
@@ -88,8 +100,7 @@ def make_train_step(
     schedule: Callable[[Array], Precision],
     ops: Ops,
     log_every: int,
-    penalty: Callable[[Array, Any, Any, Precision], Array] | None = None,
-    update_arguments: Callable[[Precision], dict[str, Any]] = lambda precision: {},
+    additions: Additions = NOTHING,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
     """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", …})``; pure.
 
@@ -101,8 +112,7 @@ def make_train_step(
       schedule: step → `Precision`.
       ops: the counted operations, priced at the step's precision and added to ``state.bitops``.
       log_every: the averages start anew after every so many steps.
-      penalty: ``(step, params, quant, precision)`` → what is added to the loss; None for nothing.
-      update_arguments: precision → further arguments of ``optimizer.update``, besides ``quant``.
+      additions: what the method adds.
     """
     transform = optax.with_extra_args_support(optimizer)
 
@@ -112,9 +122,9 @@ def make_train_step(
         dropout, quant = jax.random.split(jax.random.fold_in(key, state.step))
         rngs = {"dropout": dropout, "quant": quant}
 
-        trained = {"params": state.params, "quant": state.quant}
+        trained = {"params": state.params, "quant": additions.scheduled(state.step, state.quant)}
 
-        def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Array, Array, Array, Any]]:
+        def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
             logits, updated = qmodel.apply(
                 {**trained, **state.collections},
                 inputs,
@@ -124,13 +134,15 @@ def make_train_step(
                 mutable=list(state.collections),
             )
             loss = cross_entropy(logits, labels).mean()
-            added = jnp.zeros(())
-            if penalty is not None:
-                added = penalty(state.step, trained["params"], trained["quant"], precision)
-            return loss + added, (loss, added, logits, updated)
+            added, controller = jnp.zeros(()), state.controller
+            if additions.penalty is not None:
+                learned = trained["params"], trained["quant"]
+                added, controller = additions.penalty(state.step, *learned, precision, state.controller)
+            return loss + added, (loss, added, controller, logits, updated)
 
-        (_, (loss, added, logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        extra = {"quant": state.quant, **update_arguments(precision)}
+        (_, (loss, added, controller, logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        extra = {"quant": trained["quant"], **additions.update_arguments(precision)}
+        priced = additions.priced(trained["params"], trained["quant"], precision)
         updates, opt_state = transform.update(grads, state.opt_state, trained, **extra)
         trained = optax.apply_updates(trained, updates)
         bits = bits_vector(precision)
@@ -156,7 +168,8 @@ def make_train_step(
             **trained,
             collections=dict(updated),
             opt_state=opt_state,
-            bitops=cost.add(state.bitops, cost.bitops(ops, precision)),
+            controller=controller,
+            bitops=cost.add(state.bitops, cost.bitops(ops, priced)),
             metrics=averages,
             previous=Previous(bits, norms["grad_norm"], norms["update_norm"]),
         )

@@ -66,7 +66,10 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
     if config.train.compilation_cache:
         _keep_compilations(config.train.compilation_cache)
     check_reestimation(
-        experiment.qmodel, _abstract(experiment).variables, experiment.inputs(), config.eval.reestimate_batches
+        experiment.qmodel,
+        jax.eval_shape(lambda: _initial(experiment)).variables,
+        experiment.inputs(),
+        config.eval.reestimate_batches,
     )
     loaded = _loaded(experiment, folder, mesh)
     with _sigterm() as stopped:  # from here on there is something to save or to resume
@@ -79,14 +82,11 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
         return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
 
 
-def _abstract(experiment: Experiment) -> TrainState:
-    """Shapes and dtypes of the state."""
+def _initial(experiment: Experiment) -> TrainState:
+    """The state at step 0; to be compiled, or evaluated for its shapes."""
     shape = experiment.inputs()
-    return jax.eval_shape(
-        lambda: create(
-            experiment.qmodel, experiment.optimizer, experiment.config.seed, jnp.zeros(shape.shape, shape.dtype)
-        )
-    )
+    inputs = jnp.zeros(shape.shape, shape.dtype)
+    return create(experiment.qmodel, experiment.optimizer, experiment.config.seed, inputs, experiment.additions)
 
 
 def _loaded(experiment: Experiment, folder: str, mesh: Any) -> dict[str, Any] | None:
@@ -94,7 +94,7 @@ def _loaded(experiment: Experiment, folder: str, mesh: Any) -> dict[str, Any] | 
     path = experiment.config.init_from
     if not path or manifest.folders(Path(folder) / "checkpoints"):
         return None
-    return load_float(path, _abstract(experiment).variables, sharding=sharding.replicated(mesh))
+    return load_float(path, jax.eval_shape(lambda: _initial(experiment)).variables, sharding=sharding.replicated(mesh))
 
 
 def _as_started(experiment: Experiment, folder: str) -> Experiment:
@@ -143,8 +143,7 @@ class _Run:
             experiment.precision,
             experiment.plan.ops,
             config.train.log_every_steps,
-            experiment.penalty,
-            experiment.update_arguments,
+            experiment.additions,
         )
         everywhere = sharding.replicated(mesh)
         self.step_fn = jax.jit(
@@ -214,11 +213,8 @@ class _Run:
         return summary
 
     def _initial_state(self, resume: bool, loaded: dict[str, Any] | None) -> TrainState:
-        shape = self.experiment.inputs()
-        inputs = jnp.zeros(shape.shape, shape.dtype)
-
         def initial() -> TrainState:
-            return create(self.experiment.qmodel, self.experiment.optimizer, self.config.seed, inputs)
+            return _initial(self.experiment)
 
         everywhere = sharding.replicated(self.mesh)
         if resume:
@@ -291,7 +287,7 @@ class _Run:
         if step % self.config.train.log_every_steps == 0:
             averages, bitops = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], (out["metrics"], out["bitops"]))
             values = {name: float(value) for name, value in averages.compute().items()}
-            if self.experiment.penalty is None:
+            if self.experiment.additions.penalty is None:
                 del values["penalty"]
             values |= {name: float(value) for name, value in out.get("layers", {}).items()}
             updates = (step - 1) // self.config.optimizer.accumulate_steps

@@ -88,7 +88,8 @@ def initial_state(experiment, seed=0):
     """The train state at step 0."""
     shape = experiment.inputs()
     # Compiled whole, as the program does: its operations one by one would be dozens of programs.
-    return jax.jit(lambda: create(experiment.qmodel, experiment.optimizer, seed, jnp.zeros(shape.shape, shape.dtype)))()
+    inputs = jnp.zeros(shape.shape, shape.dtype)
+    return jax.jit(lambda: create(experiment.qmodel, experiment.optimizer, seed, inputs, experiment.additions))()
 
 
 def final_state(config, folder):
@@ -105,7 +106,12 @@ class Steps:
         self.config, self.key = config, jax.random.key(config.seed)
         self.step = jax.jit(
             make_train_step(
-                experiment.qmodel, experiment.optimizer, experiment.precision, experiment.plan.ops, log_every
+                experiment.qmodel,
+                experiment.optimizer,
+                experiment.precision,
+                experiment.plan.ops,
+                log_every,
+                experiment.additions,
             )
         )
         self.state = initial_state(experiment, config.seed)

@@ -98,6 +98,7 @@ def default_rules(
     weight_quantizer: Quantizer | None = _DEFAULT,
     act_quantizer: Quantizer | None = _DEFAULT,
     grad_quantizer: Quantizer | None = None,
+    bias_quantizer: Quantizer | None = None,
     ends: int = 8,
 ) -> tuple[Rule, ...]:
     """Every layer follows the schedule, but the first and the last stay at `ends` bits.
@@ -109,6 +110,7 @@ def default_rules(
         "weight_quantizer": weight_quantizer,
         "act_quantizer": act_quantizer,
         "grad_quantizer": grad_quantizer,
+        "bias_quantizer": bias_quantizer,
     }
     return (Rule(position="ends", weights=ends, acts=ends, **quantizers), Rule(**quantizers))
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qtrain.inject.learned import Learned
 from qtrain.inject.resolve import Resolved
 from qtrain.inject.rules import Rule
 from qtrain.inject.trace import effective_bits
 from qtrain.precision import Precision
-from qtrain.quantizers import Quantizer
+from qtrain.quantizers import Quantizer, distance_to_transition
 
 Array = jax.Array
 
@@ -79,6 +80,14 @@ class Weight:
             return getattr(self.quantizer, method)(x, bits, own, axes=self.axes)
 
         return self._over_stack(function, quant, self.value(params))
+
+    def distance_to_transition(self, params: Any, quant: Mapping[str, Any], bits: Any) -> Array:
+        """Mean distance of the parameter's elements to where their codes change; see `qtrain.quantizers`."""
+
+        def function(own: Any, x: Array) -> Any:
+            return distance_to_transition(self.quantizer, x, bits, own, axes=self.axes)
+
+        return jnp.mean(self._over_stack(function, quant, self.value(params)))
 
     def decode(self, codes: Array, params: Any, quant: Mapping[str, Any], bits: Any) -> Array:
         """The values that `codes` of the parameter stand for, on the grid that the parameter has at `bits`."""

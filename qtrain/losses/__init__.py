@@ -4,7 +4,8 @@ A term is a function ``(weights, params, quant, precision) -> float32 scalar`` o
 (`qtrain.inject.Weight`), the parameters, what quantizers have learned, and the step's precision.
 """
 
-from qtrain.losses.build import LOSSES, SCHEDULES, penalty_from_config
+from qtrain.losses.build import LOSSES, penalty_from_config
+from qtrain.losses.shares import SCHEDULES
 from qtrain.losses.terms import dampening
 
 __all__ = ["LOSSES", "SCHEDULES", "dampening", "penalty_from_config"]

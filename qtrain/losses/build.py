@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.inject import Weight
 from qtrain.losses import terms
+from qtrain.losses.shares import SCHEDULES
 from qtrain.precision import Precision
 
 Array = jax.Array
@@ -19,15 +20,6 @@ Penalty = Callable[[Array, Any, Any, Precision], Array]
 
 LOSSES: dict[str, Callable[[Sequence[Weight], Any, Any, Precision], Array]] = {"dampening": terms.dampening}
 """Name in a config → term."""
-
-SCHEDULES: dict[str, Callable[[Array], Array]] = {
-    "constant": jnp.ones_like,
-    "linear_up": lambda u: u,
-    "linear_down": lambda u: 1 - u,
-    "cosine_up": lambda u: 0.5 * (1 - jnp.cos(jnp.pi * u)),
-    "cosine_down": lambda u: 0.5 * (1 + jnp.cos(jnp.pi * u)),
-}
-"""Name → the share of the rate that is in force at progress u = step / (steps of the run)."""
 
 
 def penalty_from_config(

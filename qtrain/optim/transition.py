@@ -76,6 +76,9 @@ def scale_by_transition_rate(
     few weights move far, k is nearly proportional to the U that made it, so V = Ū/K is what a unit of target needs,
     both averaged over the same updates, and U follows R at once. V changes by at most a factor e^γ an update.
 
+    Where weights oscillate on the edge between two codes, as straight-through gradients make them do, k hardly depends
+    on U: only the additive rule then reaches U = 0 and stops them; the other two lower U geometrically.
+
     A change of precision is no transition: update t compares Q_{b_{t−1}}(w_t) with the stored Q_{b_{t−1}}(w_{t−1}) and
     then stores Q_{b_t}(w_t). Whatever else moves a grid (a learned or dynamic weight scale) does count: freeze it. At
     24 bits and above there is no grid: k is 0; K, U and R are held until the second update back on a grid.
