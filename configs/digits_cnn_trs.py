@@ -3,7 +3,7 @@
 The paper's quantizers (first and last layer in float) and target R = λ·√b·cosine; from scratch, or from a float run of
 the same network with --config.init_from=RUN.
 Command: qtrain train --config configs/digits_cnn_trs.py --workdir runs/trs
-A float run to start from: the same with --workdir runs/float --config.schedule.name=float --config.optimizer.name=adam.
+A float run to start from: the same with --workdir runs/float --config.schedule.bits=32 --config.optimizer.name=adam.
 Time and expected accuracy: TO BE MEASURED
 """
 

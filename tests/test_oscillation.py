@@ -9,7 +9,6 @@ import pytest
 from qtrain.errors import UsageError
 from qtrain.optim import (
     codes_per_leaf,
-    dampening_loss,
     freeze_oscillations,
     freezing_threshold,
     oscillation_metrics,
@@ -210,33 +209,6 @@ def test_threshold():
     u = np.clip((times / 1000 - 0.25) / 0.75, 0, 1)
     expected = np.where(times < 250, 1.0, 0.01 + 0.09 * (1 + np.cos(np.pi * u)) / 2)
     np.testing.assert_allclose(jax.jit(jax.vmap(schedule))(times), expected, rtol=1e-5)
-
-
-# --- dampening
-
-
-@pytest.mark.parametrize("low, high, step", [(-8, 7, 0.3), (-2, 1, 0.5), (0, 15, 0.1)])
-def test_dampening_loss_and_gradient(low, high, step):
-    rng = np.random.default_rng(0)
-    weights = rng.normal(size=300).astype(np.float32) * 2
-    loss = lambda w, s: dampening_loss(w / jax.lax.stop_gradient(s), low, high, s)  # noqa: E731
-    value, (gradient, of_step) = jax.value_and_grad(loss, (0, 1))(jnp.asarray(weights), jnp.float32(step))
-    clipped = np.clip(weights.astype(float), low * step, high * step)
-    quantized = step * np.round(clipped / step)
-    assert float(value) == pytest.approx(np.sum((quantized - clipped) ** 2), rel=1e-4)
-    inside = clipped == weights
-    np.testing.assert_allclose(gradient, np.where(inside, 2 * (weights - quantized), 0), rtol=1e-3, atol=1e-5)
-    assert 0 < inside.mean() < 1 or low == -8
-    assert of_step == 0
-
-
-def test_dampening_draws_weights_to_the_middle_of_their_bins():
-    weights = jnp.asarray(noise(1))
-    start = jnp.round(weights / 0.1)
-    for _ in range(50):
-        weights -= 0.1 * jax.grad(lambda w: dampening_loss(w / 0.1, -8, 7, 0.1))(weights)
-    inside = (start >= -8) & (start <= 7)
-    np.testing.assert_allclose(weights[inside], 0.1 * start[inside], atol=1e-5)
 
 
 # --- mistakes

@@ -4,14 +4,12 @@ import json
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from qtrain.errors import UsageError
 from qtrain.optim import (
     RULES,
-    distance_to_transition,
     named_rows,
     plot_transition_rates,
     scale_by_transition_rate,
@@ -46,15 +44,6 @@ def test_overall_values_count_weights():
         assert float(values["step"]) == pytest.approx(2 * float(values["talr"]), rel=1e-6)
     names = named_rows(metrics)
     assert {"transition/rate", "transition/a/talr", "transition/b/c/running"} < set(names) and len(names) == 15
-
-
-def test_distance():
-    position = np.random.default_rng(0).normal(size=1000).astype(np.float32) * 3
-    nearest = np.floor(position) + 0.5  # where a code changes, when rounding to nearest
-    expected = np.abs(position - nearest)
-    assert float(jax.jit(distance_to_transition)(position)) == pytest.approx(expected.mean(), rel=1e-5)
-    assert float(distance_to_transition(jnp.arange(-4.0, 4.0))) == 0.5
-    assert float(distance_to_transition(jnp.arange(-4.0, 4.0) + 0.5)) == 0.0
 
 
 # --- picture

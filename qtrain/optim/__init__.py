@@ -4,9 +4,9 @@ from qtrain.optim.build import NAMES, OPTIMIZERS, Groups, optimizer
 from qtrain.optim.codes import Codes, codes_per_leaf
 from qtrain.optim.freezing import FreezeState, freeze_oscillations, freezing_threshold
 from qtrain.optim.learning_rate import SCHEDULES, learning_rate_schedule
-from qtrain.optim.oscillation import OscillationState, dampening_loss, track_oscillations
+from qtrain.optim.oscillation import OscillationState, track_oscillations
 from qtrain.optim.transition import TransitionState, scale_by_transition_rate
-from qtrain.optim.transition_metrics import distance_to_transition, named_rows, oscillation_metrics, transition_metrics
+from qtrain.optim.transition_metrics import named_rows, oscillation_metrics, transition_metrics
 from qtrain.optim.transition_optimizers import adamt, adamwt, sgdt
 from qtrain.optim.transition_picture import plot_transition_rates
 from qtrain.optim.transition_rules import RULES
@@ -24,8 +24,6 @@ __all__ = [
     "adamt",
     "adamwt",
     "codes_per_leaf",
-    "dampening_loss",
-    "distance_to_transition",
     "freeze_oscillations",
     "freezing_threshold",
     "learning_rate_schedule",

@@ -1,4 +1,4 @@
-"""Weights that oscillate between two codes: counting them, and the loss term that dampens them."""
+"""Weights that oscillate between two codes: counting how often each turns back."""
 
 from __future__ import annotations
 
@@ -66,37 +66,6 @@ def track_oscillations(codes: Codes, momentum: float = 0.001) -> optax.GradientT
         return updates, track(codes, momentum, state, params, bits, extra)[0]
 
     return optax.GradientTransformationExtraArgs(lambda params: begin(codes, params), update_fn)
-
-
-def dampening_loss(position: Array, low: Any, high: Any, step: Any) -> Array:
-    """The penalty of one tensor that draws weights to the middle of their bins: Σ (sg(ŵ) − clip(w))².
-
-    With p = w/s::
-
-        L = Σ s²·(sg(round(clip(p, low, high))) − clip(p, low, high))²
-        ∂L/∂p = −2·s²·(round(p) − p) inside the grid, 0 outside;   so ∂L/∂w = 2·(w − ŵ)
-
-    In squared units of the weights, not yet multiplied by its coefficient λ (0 → 0.1 over a run, in the paper). `step`
-    gets no gradient: the term is about the latent weights.
-
-    Args:
-      position: p, weights in steps of their grid before rounding (half to even), float.
-      low, high: ends of the grid, in steps.
-      step: s, size of a step; broadcasts against `position`.
-
-    Returns:
-      float32 scalar.
-
-    Nagel et al., ICML 2022 (arXiv 2203.11086), eq. 5.
-
-    >>> float(dampening_loss(jnp.array([0.25, 1.0, 9.0]), -8, 7, 2.0))
-    0.25
-    """
-    position = position.astype(jnp.float32)
-    inside = (position >= low) & (position <= high)
-    # Beyond the ends both sides are the end itself: nothing to add, and no gradient.
-    away = jnp.where(inside, jax.lax.stop_gradient(jnp.round(position)) - position, 0.0)
-    return jnp.sum(jnp.square(jax.lax.stop_gradient(jnp.asarray(step, jnp.float32)) * away))
 
 
 def check_momentum(momentum: float) -> None:

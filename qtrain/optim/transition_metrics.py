@@ -105,22 +105,3 @@ def named_rows(metrics: Mapping[str, Mapping[str, Any]], prefix: str = "transiti
         for path, values in metrics.items()
         for name, value in values.items()
     }
-
-
-def distance_to_transition(position: Array) -> Array:
-    """Mean distance to the nearest point where a code changes: mean |frac(p) − ½|, in steps of the grid.
-
-    0 when every weight sits on the edge between two codes, ½ when all sit on grid points, ¼ when spread evenly.
-    Weights beyond the ends of the grid are counted as if it went on.
-
-    Args:
-      position: weights in steps of their grid before rounding to nearest, w/s; not empty.
-
-    Returns:
-      float32 scalar, 0 to ½.
-
-    >>> float(distance_to_transition(jnp.array([0.5, 1.0, 2.25, -0.25])))
-    0.25
-    """
-    position = position.astype(jnp.float32)
-    return jnp.mean(jnp.abs(position - jnp.floor(position) - 0.5))
