@@ -103,7 +103,8 @@ def base_config(task: str) -> ConfigDict:
                  and ``ends`` (bits of the first and the last layer); "cpt" and "trs" bring their own: `qtrain.methods`.
                  For any of them ``residuals``, ``execution`` ("fake", "native", "auto", as `Rule` has them);
                  ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with residuals and execution of
-                 their own; ``threshold``: the schedule of nested quantizers' λ; ``backend`` ("qtrain", or "aqt": the AQT baseline at static bits)
+                 their own; ``threshold``: the schedule of nested quantizers' λ; ``backend`` ("qtrain", or
+                 "aqt": the AQT baseline at static bits)
     schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ
     optimizer    `qtrain.optim.optimizer`; ``quant``: learned quantizer parameters; ``transition``: of the optimizers
                  sgdt, adamt and adamwt; ``oscillation``: ``track`` (as metrics), ``freeze``

@@ -28,6 +28,7 @@ ONE_OF_EACH_MODEL = ["cifar10_resnet20_cpt", "digits_cnn_cpt", "digits_mlp_cpt",
 STAND_INS = {
     "mnist": {"name": "synthetic", "image_shape": (28, 28, 1), "num_classes": 10},
     "cifar10": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 10},
+    "cifar100": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 100},
     "tiny_shakespeare": {"name": "synthetic_text"},
 }
 

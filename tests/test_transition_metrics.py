@@ -123,7 +123,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("given, message", SETTINGS, ids=[str(given) for given, _ in SETTINGS])
+@pytest.mark.parametrize("given, message", SETTINGS)
 def test_mistakes_in_settings(given, message):
     with pytest.raises(UsageError, match=message) as caught:
         make(**given)
