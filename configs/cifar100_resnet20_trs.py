@@ -6,9 +6,9 @@ paper's λ·√b with λ = 5e-3 begins at 7.1e-3: --config.optimizer.transition.
 paper's, additive; their code's: --config.optimizer.transition.rule=multiplicative.
 Command: qtrain train --config configs/cifar100_resnet20_trs.py --workdir runs/w2a2 --config.data.dir=FOLDER
 --config.init_from=runs/float; before that the float run: the same with --workdir runs/float, without init_from, and
-with --config.schedule.bits=32 --config.optimizer.name=sgd (weights and biases of the float net do not depend on it).
-W1A1: --config.schedule.bits=1. AdamT: --config.optimizer.name=adamt --config.optimizer.learning_rate=1e-3. Without the
-transition rate: --config.optimizer.name=sgd (then also adam).
+with --config.schedule.bits=32 --config.optimizer.name=sgd (32 bits are float).
+W1A1: --config.schedule.bits=1. AdamT: --config.optimizer.name=adamt --config.optimizer.learning_rate=1e-3. Without a
+transition rate: --config.optimizer.name=sgd, or adam.
 Made for a GPU; hardware and time: not measured. Expected: not measured by us; the paper gives, plain → with transition
 rates, 64.1 → 65.5 % for SGD and 63.3 → 65.2 % for Adam at W2A2, 54.9 → 55.8 % at W1A1.
 """

@@ -4,7 +4,7 @@ Their recipe: SGDT from a float checkpoint, 400 epochs, batch 256, decay 1e-4, c
 float, activation scales at rate 0.01, target transition rate a cosine from 5e-3 (see cifar100_resnet20_trs).
 Command: qtrain train --config configs/cifar10_resnet20_trs.py --workdir runs/w2a2 --config.data.dir=FOLDER
 --config.init_from=runs/float; before that the float run: the same with --workdir runs/float, without init_from, and
-with --config.schedule.bits=32 --config.optimizer.name=sgd.
+with --config.schedule.bits=32 --config.optimizer.name=sgd (32 bits are float).
 W1A1: --config.schedule.bits=1. AdamT: --config.optimizer.name=adamt --config.optimizer.learning_rate=1e-3.
 Made for a GPU; hardware and time: not measured. Expected: not measured by us at full length; the paper gives, plain →
 with transition rates, 90.2 → 90.7 % for SGD and 90.2 → 91.1 % for Adam at W2A2.

@@ -49,6 +49,35 @@ TASKS: dict[str, dict[str, Any]] = {
         },
         "train": {"steps": 64_000},
     },
+    "cifar10_cnn": {
+        "data": {"name": "cifar10", "batch_size": 128, "augment": ("crop", "flip")},
+        "model": {"name": "cnn", "features": (32, 64, 128), "hidden": 128},
+        "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"},
+        "train": {"steps": 15_600},
+    },
+    "imagenette_resnet": {
+        "data": {
+            "name": "imagenette",
+            "batch_size": 64,
+            "image_shape": (128, 128, 3),
+            "augment": ("resized_crop", "flip"),
+            "crop_area": 0.35,
+            "central_crop": 0.875,
+            "in_memory": False,
+            "workers": 8,
+            "prefetch": 16,
+        },
+        "model": {"name": "imagenet_resnet", "depth": 18, "width": 0.5, "stem": "3x3"},
+        "optimizer": {
+            "name": "sgd",
+            "learning_rate": 0.05,
+            "momentum": 0.9,
+            "weight_decay": 5e-4,
+            "schedule": "cosine",
+            "warmup_percent": 5.0,
+        },
+        "train": {"steps": 5880},
+    },
     "tiny_shakespeare_transformer": {
         "data": {"name": "tiny_shakespeare", "batch_size": 16, "length": 128},
         "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4, "dropout": 0.1},
@@ -85,6 +114,7 @@ _SMOKE_MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"features": (16, 16)},
     "cnn": {"features": (4, 8), "hidden": 16},
     "resnet": {"depth": 8, "width": 0.25},
+    "imagenet_resnet": {"depth": 18, "width": 0.0625},
     "transformer": {"num_layers": 1, "width": 16, "num_heads": 2},
 }
 
@@ -163,7 +193,7 @@ def _shared_keys() -> dict[str, Any]:
             "clip_norm": 0.0,
             "accumulate_steps": 1,
             "options": {},
-            "quant": {"learning_rate": placeholder(float), "weight_decay": 0.0},
+            "quant": {"learning_rate": placeholder(float), "weight_decay": 0.0, "width_learning_rate": 0.02},
             "transition": {
                 "factor": 5e-3,
                 "schedule": "cosine",

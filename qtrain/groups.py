@@ -53,7 +53,9 @@ def parameter_groups(
             return "latent" if tuple(keys) in moved else "params"
         *module, kind, name = keys
         owner = "/".join(module), kind
-        return "frozen" if owner in held or name in quantizers[owner].frozen else "quant"
+        if owner in held or name in quantizers[owner].frozen:
+            return "frozen"
+        return "width" if name == "width" else "quant"
 
     return Groups(lambda tree: jax.tree_util.tree_map_with_path(label, tree), *_coders(table))
 

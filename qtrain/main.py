@@ -16,6 +16,7 @@ usage: qtrain COMMAND [flags]
 
   train      train a config: qtrain train --config configs/digits_cnn_cpt.py --workdir runs/digits
   plan       what a config quantizes, how, and at what cost; trains nothing
+  export     a run's weights as packed integers in one file: qtrain export --workdir runs/digits --out model.safetensors
   schedules  the ten cyclic precision schedules as a table and a picture
   bench      what quantized train steps cost: float32, bfloat16, qtrain, AQT and Qwix, measured in turn
 
@@ -44,6 +45,12 @@ def _schedules(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _export(arguments: list[str]) -> int:
+    from qtrain.export.command import run
+
+    return run(arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     from qtrain.bench.command import run
 
@@ -53,6 +60,7 @@ def _bench(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "plan": _plan,
+    "export": _export,
     "schedules": _schedules,
     "bench": _bench,
 }

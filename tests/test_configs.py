@@ -29,6 +29,7 @@ STAND_INS = {
     "mnist": {"name": "synthetic", "image_shape": (28, 28, 1), "num_classes": 10},
     "cifar10": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 10},
     "cifar100": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 100},
+    "imagenette": {"name": "synthetic", "image_shape": (128, 128, 3), "num_classes": 10, "central_crop": 1.0},
     "tiny_shakespeare": {"name": "synthetic_text"},
 }
 

@@ -1,6 +1,5 @@
 """Counts of whole networks against hand arithmetic and published numbers."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -109,41 +108,39 @@ def test_transformer(scan_layers, remat, tied):
     assert ops[-1].path == ("token_embedding" if tied else "logits")
 
 
-class Bottleneck(nn.Module):
-    """ImageNet's bottleneck with the stride in the 3×3 convolution."""
-
-    features: int
-    stride: int
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.relu(nn.Conv(self.features, (1, 1), use_bias=False)(x))
-        y = nn.relu(nn.Conv(self.features, (3, 3), self.stride, padding=1, use_bias=False)(y))
-        y = nn.Conv(4 * self.features, (1, 1), use_bias=False)(y)
-        if x.shape != y.shape:
-            x = nn.Conv(4 * self.features, (1, 1), self.stride, use_bias=False)(x)
-        return nn.relu(x + y)
+# Multiply-accumulates at 224×224×3 and 1000 classes, in millions and exactly. The stem 112·112·49·3·64; a stage's 3×3
+# convolutions at one size 56·56·9·64·64 each, the first of a halving stage half of that; a projection 28·28·64·128.
+IMAGENET_STEM, IMAGENET_FULL, IMAGENET_PROJECTION = 118_013_952, 115_605_504, 6_422_528
 
 
-class ResNet50(nn.Module):
-    """ResNet-50 without its norms, which have no products."""
+@pytest.mark.parametrize(
+    ("depth", "blocks", "macs", "weights"),
+    [(18, (2, 2, 2, 2), 1_814_073_344, 11_678_912), (34, (3, 4, 6, 3), 3_663_761_408, 21_779_648)],
+)
+def test_imagenet_resnet(depth, blocks, macs, weights):
+    ops, variables = counted(models.ImageNetResNet(1000, depth=depth), shape(1, 224, 224, 3))
+    halved = 3  # stages whose first convolution has half the channels in
+    by_hand = IMAGENET_STEM + 2 * sum(blocks) * IMAGENET_FULL - halved * IMAGENET_FULL // 2
+    by_hand += halved * IMAGENET_PROJECTION + 512 * 1000
+    assert passes(ops) == (by_hand, by_hand - IMAGENET_STEM, by_hand)
+    assert by_hand == macs
+    assert ops.weights == kernel_weights(variables) == weights
 
-    @nn.compact
-    def __call__(self, x):
-        x = nn.relu(nn.Conv(64, (7, 7), 2, padding=3, use_bias=False)(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        for stage, blocks in enumerate((3, 4, 6, 3)):
-            for block in range(blocks):
-                x = Bottleneck(64 * 2**stage, 2 if stage and not block else 1)(x)
-        return nn.Dense(1000)(x.mean((1, 2)))
+
+def test_wider_imagenet_resnet_for_small_images():
+    """The small stem keeps the images' size: the stages of a 56-pixel image cost what those of 224 pixels do."""
+    large, small = (
+        counted(models.ImageNetResNet(10, depth=18, width=width, stem=stem), shape(1, side, side, 3))[0].forward
+        for width, stem, side in ((1.0, "7x7", 224), (0.5, "3x3", 56))
+    )
+    stem = 56 * 56 * 9 * 3 * 32
+    assert 4 * (small - stem - 256 * 10) == large - IMAGENET_STEM - 512 * 10
 
 
 def test_resnet50_at_imagenet_size():
-    x = shape(1, 224, 224, 3)
-    variables = jax.eval_shape(ResNet50().init, jax.random.key(0), x)
-    ops = cost.count(ResNet50().apply, variables, x)
+    ops, variables = counted(models.ImageNetResNet(1000, depth=50), shape(1, 224, 224, 3), train=False)
     assert ops.forward == 4_089_184_256
-    assert ops.weights == 25_502_912
+    assert ops.weights == kernel_weights(variables) == 25_502_912
     marked = Ops(
         Op(**{**vars(op), "marker": OpBits(op.path, weights="schedule", acts="schedule", grads="schedule")})
         for op in ops

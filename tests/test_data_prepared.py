@@ -1,67 +1,17 @@
 """Prepared TFDS folders: a small one written here, read without TensorFlow or network, and every way to be broken."""
 
-import io
-import json
 import socket
 import time
 
 import numpy as np
 import pytest
-from PIL import Image
+from prepared_set import write_set
 
 from qtrain import data
 from qtrain.data import images as image_sets
 from qtrain.errors import UsageError
 
 SHAPE = (5, 4, 3)
-
-
-def write_set(
-    folder, splits, shape=SHAPE, stored_shape=None, label=True, file_format="array_record", image_format="PNG"
-):
-    """Writes `folder` as TFDS lays a prepared set out; returns the pixels and labels by split."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    contents, infos = {}, []
-    for split, count in splits.items():
-        pixels = rng.integers(0, 256, size=(count, *shape), dtype=np.uint8)
-        labels = rng.integers(0, 3, size=count)
-        writer = ArrayRecordWriter(
-            str(folder / f"tiny-{split}.array_record-00000-of-00001"), "group_size:1,uncompressed"
-        )
-        for image, number in zip(pixels, labels, strict=True):
-            buffer = io.BytesIO()
-            Image.fromarray(image[..., 0] if shape[2] == 1 else image).save(buffer, image_format)
-            example = tf_example_pb2.Example()
-            example.features.feature["image"].bytes_list.value.append(buffer.getvalue())
-            if label:
-                example.features.feature["label"].int64_list.value.append(int(number))
-            writer.write(example.SerializeToString())
-        writer.close()
-        contents[split] = (pixels, labels)
-        template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-        infos.append({"filepathTemplate": template, "name": split, "numBytes": "1", "shardLengths": [str(count)]})
-    base = "tensorflow_datasets.core.features"
-    dimensions = [str(size) for size in (stored_shape or shape)]
-    features = {
-        "image": {
-            "pythonClassName": f"{base}.image_feature.Image",
-            "image": {"dtype": "uint8", "shape": {"dimensions": dimensions}},
-        }
-    }
-    if label:
-        features["label"] = {
-            "pythonClassName": f"{base}.class_label_feature.ClassLabel",
-            "classLabel": {"numClasses": "3"},
-        }
-    top = {"pythonClassName": f"{base}.features_dict.FeaturesDict", "featuresDict": {"features": features}}
-    (folder / "features.json").write_text(json.dumps(top))
-    info = {"fileFormat": file_format, "name": "tiny", "version": folder.name, "splits": infos}
-    (folder / "dataset_info.json").write_text(json.dumps(info))
-    return contents
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +136,14 @@ BROKEN = [
     ("truncated shard", {}, truncate, "cannot be read"),
     ("damaged record", {}, damage_in_the_middle, "cannot be read"),
     ("damaged info", {}, lambda f: (f / "dataset_info.json").write_text("{"), "dataset_info.json cannot be read"),
-    ("size varies", {"stored_shape": (-1, -1, 3)}, None, r"images \(None, None, 3\) of uint8; only one fixed size"),
+    ("size varies", {"stored_shape": (-1, -1, 3)}, None, r"data\.image_shape is not set.*for example \(224, 224, 3\)"),
+    (
+        "channels vary",
+        {"stored_shape": (-1, -1, -1)},
+        None,
+        r"images \(None, None, None\) of uint8; only uint8 with 1, 3",
+    ),
+    ("another size than told", {"stored_shape": (6, 4, 3)}, None, r"an image of shape \(5, 4, 3\) among"),
     ("no label", {"label": False}, None, "has features image; an image set needs"),
     ("no test split", {"splits": {"train": 6}}, None, "has the splits train; 'train' is needed, and 'test'"),
     ("batch too large", {"splits": {"train": 3, "test": 3}}, None, "data.batch_size is 4, more than the 3"),

@@ -98,6 +98,7 @@ def test_synthetic_tokens_are_deterministic_and_learnable():
         ("mnist", (28, 28, 1), 10),
         ("cifar10", (32, 32, 3), 10),
         ("cifar100", (32, 32, 3), 100),
+        ("imagenette", (40, 50, 3), 10),
         ("tiny_shakespeare", (16,), 256),
         ("text", (16,), 256),
         ("synthetic", (4, 6, 2), 7),
@@ -106,7 +107,8 @@ def test_synthetic_tokens_are_deterministic_and_learnable():
     ],
 )
 def test_smoke_needs_no_data_set(name, shape, classes, tmp_path):
-    config = {"name": name, "dir": str(tmp_path / "nowhere"), "length": 16, "image_shape": (4, 6, 2), "num_classes": 7}
+    config = {"name": name, "dir": str(tmp_path / "nowhere"), "length": 16, "num_classes": 7}
+    config |= {"image_shape": shape} if len(shape) == 3 and name not in ("mnist", "cifar10", "cifar100") else {}
     dataset = data.load({**config, "batch_size": 600}, smoke=True)  # more than the real digits' test set: never too few
     assert dataset.input_shape == shape and dataset.num_classes == dataset.vocab == classes
     assert dataset.name == f"smoke:{name}"

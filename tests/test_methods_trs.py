@@ -5,18 +5,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from program import Steps, small_config
+from program import CONFIGS, Steps, small_config
 
-from qtrain import quantize
+from qtrain import overrides, quantize
 from qtrain.errors import UsageError
 from qtrain.experiment import build
 from qtrain.methods.trs import trs_rules
 from qtrain.models import CNN
+from qtrain.optim import transition_metrics
 from qtrain.precision import Precision
 
 
-def trs_config(**overrides):
-    config = small_config("digits_cnn", schedule="constant", quant__recipe="trs", **overrides)
+def trs_config(**values):
+    config = small_config("digits_cnn", schedule="constant", quant__recipe="trs", **values)
     with config.unlocked():
         config.schedule.bits = 2
         config.schedule.grads.update(name="float", bits=None)
@@ -78,6 +79,23 @@ def test_weight_scales_stand_still_and_activation_scales_learn(name):
     for layer in before:
         np.testing.assert_array_equal(before[layer]["weights"]["scale"], after[layer]["weights"]["scale"])
         assert before[layer]["acts"]["scale"] != after[layer]["acts"]["scale"]
+
+
+def test_the_target_follows_the_bits():
+    """A precision schedule and a transition rate at once: R = λ·√b·cosine at the bits of the very step."""
+    steps = Steps(overrides.load(f"{CONFIGS / 'digits_cnn_trs_cpt.py'}:smoke"))
+    total, factor = steps.experiment.total_steps, steps.config.optimizer.transition.factor
+    widths = []
+    with steps.batches() as batches:
+        for step in range(total):
+            steps(next(batches))
+            widths.append(float(steps.state.previous.bits[0]))
+            decay = 0.5 * (1 + np.cos(np.pi * step / total))
+            found = transition_metrics(steps.state.opt_state)
+            assert len(found) == 3, "all, and each of the two layers that are not first or last"
+            for metrics in found.values():
+                np.testing.assert_allclose(metrics["target"], factor * np.sqrt(widths[-1]) * decay, rtol=1e-5)
+    assert len(set(widths)) > 1, "or nothing was followed"
 
 
 def test_what_else_a_config_says_reaches_it():

@@ -25,6 +25,12 @@ CONFIGS = {
     ),
     "resnet": ({"name": "resnet", "depth": 8, "width": 0.5}, IMAGE, 7),
     "resnet with projections": ({"name": "resnet", "depth": 8, "width": 0.5, "shortcut": "projection"}, IMAGE, 7),
+    "imagenet_resnet": ({"name": "imagenet_resnet", "depth": 18, "width": 0.0625}, (64, 48, 3), 7),
+    "imagenet_resnet, bottlenecks, small images": (
+        {"name": "imagenet_resnet", "depth": 50, "width": 0.05, "stem": "3x3", "zero_init_residual": True},
+        IMAGE,
+        7,
+    ),
     "transformer": (SMALL_LM, TOKENS, 50),
     "transformer, tied": ({**SMALL_LM, "tied": True, "dropout": 0.1}, TOKENS, 50),
     "transformer, scanned": ({**SMALL_LM, "scan_layers": True, "dropout": 0.1}, TOKENS, 50),
@@ -153,6 +159,79 @@ def test_published_sizes_of_the_cifar_resnets(depth, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
 
 
+@pytest.mark.parametrize(("depth", "parameters"), [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)])
+def test_published_sizes_of_the_imagenet_resnets(depth, parameters):
+    model = models.build({"name": "imagenet_resnet", "depth": depth}, num_classes=1000, input_shape=(224, 224, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32))
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == parameters
+
+
+# The side of the images that each stage of the residual blocks puts out, for images of 64 pixels.
+@pytest.mark.parametrize(("stem", "sides"), [("7x7", (16, 8, 4, 2)), ("3x3", (64, 32, 16, 8))])
+@pytest.mark.parametrize(("depth", "last_blocks", "expansion"), [(18, (2, 2, 2, 2), 1), (50, (3, 4, 6, 3), 4)])
+def test_stages_of_the_imagenet_resnets(depth, last_blocks, expansion, stem, sides):
+    model = models.ImageNetResNet(10, depth=depth, width=0.5, stem=stem)
+    x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+
+    def forward(variables, x):
+        return model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])[1]["intermediates"]
+
+    found = jax.eval_shape(forward, variables, x)
+    for stage, (side, blocks) in enumerate(zip(sides, last_blocks, strict=True)):
+        name = f"stage{stage + 1}_block{blocks}"
+        assert found[name]["__call__"][0].shape == (1, side, side, 32 * 2**stage * expansion)
+        assert f"stage{stage + 1}_block{blocks + 1}" not in found
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        models.resnet.ResidualBlock(6, 1, "projection", jnp.float32, zero_init_residual=True),
+        models.imagenet_resnet.BottleneckBlock(2, 1, jnp.float32, zero_init_residual=True),
+    ],
+    ids=["two convolutions", "bottleneck"],
+)
+def test_block_that_begins_as_its_shortcut(block):
+    x = batch((4, 4, 6 if block.features == 6 else 8), 0)
+
+    @jax.jit
+    def run(block_is_zero, key):
+        variables = block.init(key, x)
+        norms = sorted(name for name in variables["params"] if name.startswith("BatchNorm"))
+        ones = {**variables["params"][norms[-1]], "scale": jnp.ones_like(variables["params"][norms[-1]]["scale"])}
+        other = {**variables["params"], norms[-1]: ones}
+        params = jax.tree.map(lambda a, b: jnp.where(block_is_zero, a, b), variables["params"], other)
+        return block.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])[0]
+
+    np.testing.assert_array_equal(run(True, jax.random.key(0)), jnp.maximum(x, 0))
+    out = run(False, jax.random.key(0))
+    assert np.mean(out != jnp.maximum(x, 0)) > 0.5 and np.all(out >= 0)
+
+
+def test_bottleneck_is_trained_throughout():
+    block = models.imagenet_resnet.BottleneckBlock(4, 2, jnp.float32)
+    x = batch((6, 6, 8), 0)
+    target = batch((3, 3, 16), 0, size=3)
+
+    @jax.jit
+    def run(key):
+        variables = block.init(key, x)
+
+        def loss(params):
+            out, updates = block.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+            return jnp.mean((out - target) ** 2), updates["batch_stats"]
+
+        return variables, jax.grad(loss, has_aux=True)(variables["params"])
+
+    variables, (gradient, statistics) = run(jax.random.key(0))
+    assert {name for name in gradient if "short" in name} == {"shortcut", "shortcut_norm"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.all(np.isfinite(leaf)) and np.any(np.abs(leaf) > 1e-6), path
+    changed = jax.tree.map(lambda old, new: bool(np.any(old != new)), variables["batch_stats"], statistics)
+    assert all(jax.tree.leaves(changed))
+
+
 def test_config_dict_and_defaults():
     config = ml_collections.ConfigDict({"name": "mlp", "features": [64]})
     model = models.build(config, num_classes=10, input_shape=IMAGE)
@@ -184,6 +263,14 @@ def test_config_dict_and_defaults():
         ({"name": "resnet", "width": 0}, IMAGE, ["model.width=0"]),
         ({"name": "resnet", "shortcut": "none"}, IMAGE, ["model.shortcut='none'", "pad, projection"]),
         ({"name": "resnet"}, TOKENS, ["images", "(16,)"]),
+        ({"name": "imagenet_resnet", "depth": 20}, IMAGE, ["model.depth=20", "18, 34, 50"]),
+        ({"name": "imagenet_resnet", "depth": 18.0}, IMAGE, ["model.depth=18.0", "18, 34, 50"]),
+        ({"name": "imagenet_resnet", "stem": "5x5"}, IMAGE, ["model.stem='5x5'", "7x7, 3x3"]),
+        ({"name": "imagenet_resnet", "width": -1}, IMAGE, ["model.width=-1", "above 0"]),
+        ({"name": "imagenet_resnet", "zero_init_residual": "yes"}, IMAGE, ["model.zero_init_residual='yes'"]),
+        ({"name": "imagenet_resnet", "shortcut": "pad"}, IMAGE, ["model.shortcut", "'imagenet_resnet'"]),
+        ({"name": "imagenet_resnet"}, TOKENS, ["images", "(16,)"]),
+        ({"name": "imagenet-resnet"}, IMAGE, ["Did you mean 'imagenet_resnet'?"]),
         ({"name": "transformer"}, IMAGE, ["tokens", "(8, 8, 1)"]),
         ({"name": "transformer", "width": 30, "num_heads": 4}, TOKENS, ["model.width=30", "model.num_heads=4"]),
         ({"name": "transformer", "max_length": 8}, TOKENS, ["model.max_length=8", "16 tokens"]),
@@ -202,6 +289,12 @@ def test_errors_of_the_modules_themselves():
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     with pytest.raises(UsageError, match=r"depth=22 is not 6n \+ 2; nearest: 20"):
         jax.eval_shape(models.CifarResNet(10, depth=22).init, jax.random.key(0), x)
+    for fields, words in (
+        ({"depth": 101}, "depth=101: give one of 18, 34, 50"),
+        ({"stem": "conv"}, "stem='conv'.*3x3"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            jax.eval_shape(models.ImageNetResNet(10, **fields).init, jax.random.key(0), x)
     tokens = jax.ShapeDtypeStruct((1, 9), jnp.int32)
     with pytest.raises(UsageError, match="9 tokens; allowed: at most max_length=8"):
         jax.eval_shape(models.TransformerLM(50, 8).init, jax.random.key(0), tokens)

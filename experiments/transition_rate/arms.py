@@ -18,9 +18,10 @@ EXTRA = {
     "adam": ("--config.optimizer.weight_decay=1e-4",),
     "adamw": ("--config.optimizer.weight_decay=1e-2",),
 }
-LEARNING_RATES = {"sgd": (0.03, 0.1, 0.3, 1.0), "adam": (1e-3, 3e-3, 1e-2, 3e-2), "adamw": (1e-3, 3e-3, 1e-2, 3e-2)}
-FACTORS = (1e-3, 2.5e-3, 5e-3, 1e-2)  # λ that are tuned over; as many as learning rates
-SWEEP = (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)  # λ
+LEARNING_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "adam": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)}
+TUNED_AS = {"adamw": "adam", "adamwt": "adamt"}  # differ in weight decay alone
+FACTORS = (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)  # λ that are tuned over; as many as learning rates
+SWEEP = (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)  # λ
 DAMPENING = (1e-3, 1e-2, 1e-1, 1.0)
 FREEZING = (0.001, 0.003, 0.01, 0.03)  # momentum of the oscillation frequency
 TUNING_SEEDS = (0, 1)
@@ -50,7 +51,7 @@ class Arm:
 
 def tuning(optimizers: Iterable[str]) -> Iterator[Arm]:
     """Learning rates of the plain optimizers at 2 bits."""
-    for plain in optimizers:
+    for plain in (name for name in optimizers if name in LEARNING_RATES):
         for rate in LEARNING_RATES[plain]:
             facts = {"optimizer": plain, "bits": 2, "learning_rate": rate}
             yield Arm("tune", f"{plain} lr={rate:g}", facts, _plain(plain, 2, rate), TUNING_SEEDS)
@@ -58,7 +59,7 @@ def tuning(optimizers: Iterable[str]) -> Iterator[Arm]:
 
 def tuning_rates(optimizers: Iterable[str], rows: list[dict[str, Any]]) -> Iterator[Arm]:
     """λ of the transition-rate optimizers at 2 bits, at the learning rate that is best for the plain one."""
-    for plain in optimizers:
+    for plain in (name for name in optimizers if name in LEARNING_RATES):
         rate = best(rows, plain)["learning_rate"]
         for factor in FACTORS:
             facts = {"optimizer": PAIRS[plain], "bits": 2, "learning_rate": rate, "factor": factor}
@@ -72,11 +73,21 @@ def comparison(optimizers: Iterable[str], rows: list[dict[str, Any]]) -> Iterato
         for bits in (2, 3, 4):
             facts = {"bits": bits, "learning_rate": rate}
             seeds, curves = (SEEDS if bits == 2 else FEWER), bits == 2
-            yield Arm(
-                "main", f"{plain} {bits}", facts | {"optimizer": plain}, _plain(plain, bits, rate), seeds, curves
-            )
+            yield Arm("main", f"{plain} {bits}", facts | {"optimizer": plain}, _plain(plain, bits, rate), seeds, curves)
             facts |= {"optimizer": PAIRS[plain], "factor": factor, "rule": "additive"}
             yield Arm("main", f"{PAIRS[plain]} {bits}", facts, _rated(plain, bits, rate, factor), seeds, curves)
+
+
+def lower(optimizers: Iterable[str], rows: list[dict[str, Any]]) -> Iterator[Arm]:
+    """Each pair at 2 bits at the next lower learning rate of the grid: whether the outcome hangs on the one chosen."""
+    for plain in (name for name in optimizers if name in LEARNING_RATES):
+        rates = LEARNING_RATES[plain]
+        rate = rates[max(rates.index(best(rows, plain)["learning_rate"]) - 1, 0)]
+        factor = best(rows, PAIRS[plain])["factor"]
+        facts = {"bits": 2, "learning_rate": rate}
+        yield Arm("main", f"{plain} 2 lower", facts | {"optimizer": plain}, _plain(plain, 2, rate), SEEDS)
+        facts |= {"optimizer": PAIRS[plain], "factor": factor, "rule": "additive"}
+        yield Arm("main", f"{PAIRS[plain]} 2 lower", facts, _rated(plain, 2, rate, factor), SEEDS)
 
 
 def rules(rows: list[dict[str, Any]]) -> Iterator[Arm]:
@@ -114,7 +125,8 @@ def neighbours(rows: list[dict[str, Any]]) -> Iterator[Arm]:
 
 
 def best(rows: list[dict[str, Any]], optimizer: str) -> dict[str, Any]:
-    """The facts of the tuning arm with the lowest training loss, averaged over its seeds. No test image is looked at."""
+    """The facts of the tuning arm with the lowest training loss, averaged over its seeds; test images play no part."""
+    optimizer = TUNED_AS.get(optimizer, optimizer)
     losses: dict[str, list[float]] = {}
     facts = {}
     for row in rows:

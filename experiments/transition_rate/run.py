@@ -190,10 +190,12 @@ def planned(groups: list[str], optimizers: list[str], rows: Callable[[], list[di
         yield from study.tuning_rates(optimizers, rows())
     if "main" in groups:
         yield from study.comparison(optimizers, rows())
+    if "lower" in groups:
+        yield from study.lower(optimizers, rows())
     if "rules" in groups and "adam" in optimizers:
         yield from study.rules(rows())
     if "sweep" in groups:
-        yield from study.sweep([name for name in optimizers if name != "adamw"], rows())
+        yield from study.sweep([name for name in optimizers if name in study.LEARNING_RATES], rows())
     if "neighbours" in groups and "adam" in optimizers:
         yield from study.neighbours_tuning(rows())
         yield from study.neighbours(rows())
@@ -223,7 +225,7 @@ def check(folder: Path) -> None:
 def main() -> None:
     """Run what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    groups = ["float", "tune", "main", "rules", "sweep", "neighbours"]
+    groups = ["float", "tune", "main", "lower", "rules", "sweep", "neighbours"]
     parser.add_argument("--only", nargs="*", default=groups, choices=groups)
     parser.add_argument("--optimizers", nargs="*", default=list(study.PAIRS), choices=list(study.PAIRS))
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "transition_rate", help="of the float runs")
@@ -241,7 +243,7 @@ def main() -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
         print(row["group"], row["name"], row["seed"], f"{row['train_loss']:.4f} {row['test_accuracy']:.4f}", flush=True)
 
-    done = {(row["group"], row["name"], row["seed"]) for row in rows()}
+    done = {(row["group"], row["name"], row["seed"]): row["command"] for row in rows()}
     for seed in (*study.TUNING_SEEDS, *study.SEEDS):
         summary = float_run(arguments.folder, seed)
         if "float" in arguments.only and ("float", "float", seed) not in done:
@@ -252,7 +254,10 @@ def main() -> None:
     for arm in planned(arguments.only, arguments.optimizers, rows):
         program = None
         for seed in arm.seeds:
-            if (arm.group, arm.name, seed) in done:
+            known = done.get((arm.group, arm.name, seed))
+            if known is not None:
+                if known != provenance(arguments_of(arm.overrides, seed))["command"]:
+                    raise SystemExit(f"{arguments.out}: {arm.name!r}, seed {seed}, had other settings; remove its line")
                 continue
             if program is None:
                 program = Program(config_of(arguments_of(arm.overrides, seed), str(arguments.folder / f"float{seed}")))

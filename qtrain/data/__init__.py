@@ -8,7 +8,7 @@
 """
 
 from qtrain.data.config import DEFAULTS, DataConfig, parse_config
-from qtrain.data.dataset import Dataset, ImageArrays, ImageSource, TokenSource
+from qtrain.data.dataset import Dataset, ImageArrays, ImageSource, TokenSource, WindowedSource
 from qtrain.data.evaluation import eval_batches, num_eval_batches
 from qtrain.data.fingerprint import check_fingerprint, fingerprint
 from qtrain.data.pipeline import TrainIterator, train_batches, train_iterator
@@ -23,6 +23,7 @@ __all__ = [
     "ImageSource",
     "TokenSource",
     "TrainIterator",
+    "WindowedSource",
     "check_fingerprint",
     "eval_batches",
     "fingerprint",

@@ -8,24 +8,25 @@ import numpy as np
 
 from qtrain.data.randomness import below
 
-AUGMENTATIONS = ("crop", "flip")
+AUGMENTATIONS = ("crop", "resized_crop", "flip")
 
 
 def augment(images: np.ndarray, words: np.ndarray, names: Sequence[str], padding: int) -> np.ndarray:
-    """Applies the named augmentations, each example with random words of its own.
+    """Applies `crop` and `flip` where they are named, each example with random words of its own.
 
     `crop` pads `padding` zeros on each side and cuts the original size out at a uniform offset; `flip` mirrors left and
     right with probability ½. An example's result depends on its pixels and its words alone, so a batch may be sliced
-    over processes before or after.
+    over processes before or after. `resized_crop` has been done when images have one size (`qtrain.data.resize`), and
+    its name has no effect here; it takes the words that `crop` would.
 
     Args:
-      images: uint8 `[B, H, W, C]`.
+      images: uint8 `[B, H, W, C]`, not written.
       words: uint64 `[B, ≥3]`: the crop's vertical and horizontal offset, the flip.
       names: of `AUGMENTATIONS`.
       padding: pixels, ≥ 1.
 
     Returns:
-      uint8 `[B, H, W, C]`; `images` itself when `names` is empty.
+      uint8 `[B, H, W, C]`; `images` itself where nothing is named.
     """
     if "crop" in names:
         images = _crop(images, below(words[:, 0], 2 * padding + 1), below(words[:, 1], 2 * padding + 1), padding)

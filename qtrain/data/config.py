@@ -33,10 +33,14 @@ class DataConfig:
     path: str = ""  # the file that name="text" reads; "" for every other set
     seed: int = 0  # order and augmentation, 0 … 2³²−1; the content of a set never depends on it
     batch_size: int = 64  # global: the sum over all processes
-    augment: tuple[str, ...] = ()  # names out of "crop" and "flip"; images only
-    crop_padding: int = 4  # pixels of zeros on each side before a random crop
+    augment: tuple[str, ...] = ()  # names out of "crop" or "resized_crop", and "flip"; images only
+    crop_padding: int = 4  # pixels of zeros on each side before a random "crop"
+    crop_area: float = 0.08  # the smallest share of an image that "resized_crop" leaves, above 0 … 1
+    central_crop: float = 1.0  # what evaluation sees of an image that is resized: a share of its sides, above 0 … 1
     length: int = 128  # tokens per window; text only
-    image_shape: tuple[int, ...] = (32, 32, 3)  # (height, width, channels) of name="synthetic"
+    # (height, width, channels) of name="synthetic", () for (32, 32, 3); and what a TFDS image set is resized to, () for
+    # the size they are stored in, if it is one size. The digits have theirs, and text has no use for it.
+    image_shape: tuple[int, ...] = ()
     num_classes: int = 10  # of name="synthetic"
     num_train: int = 1024  # examples (windows, for text) of the synthetic sets
     num_test: int = 256  # likewise
@@ -78,6 +82,10 @@ def _checked(key: str, value: Any, default: Any) -> Any:
         return value
     if isinstance(default, int):
         return _whole_number(key, value, *_RANGES[key])
+    if isinstance(default, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise UsageError(f"data.{key} is {value!r}; it must be a number above 0 and at most 1")
+        return float(value)
     if isinstance(default, str):
         if not isinstance(value, str):
             raise UsageError(f"data.{key} is {value!r}; it must be a string")
@@ -86,7 +94,7 @@ def _checked(key: str, value: Any, default: Any) -> Any:
         example = "('crop',)" if key == "augment" else "(32, 32, 3)"
         raise UsageError(f"data.{key} is {value!r}; it must be a tuple, for example {example}")
     if key == "image_shape":
-        if len(value) != 3:
+        if len(value) not in (0, 3):
             raise UsageError(f"data.image_shape is {tuple(value)}; it must be (height, width, channels)")
         return tuple(_whole_number(key, size, 1, 2**15) for size in value)
     return _augmentations(tuple(value))
@@ -113,5 +121,7 @@ def _augmentations(names: tuple[Any, ...]) -> tuple[str, ...]:
             )
     if len(set(names)) != len(names):
         raise UsageError(f"data.augment is {names}; name each augmentation once")
-    # One canonical order: the two commute in distribution, and a reordered tuple is then the same data.
+    if {"crop", "resized_crop"} <= set(names):
+        raise UsageError(f"data.augment is {names}; choose one of 'crop' and 'resized_crop'")
+    # One canonical order: cropping and flipping commute in distribution, and a reordered tuple is then the same data.
     return tuple(name for name in AUGMENTATIONS if name in names)

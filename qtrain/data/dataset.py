@@ -24,6 +24,17 @@ class ImageSource(Protocol):
         ...
 
 
+@runtime_checkable
+class WindowedSource(ImageSource, Protocol):
+    """Images that are stored larger than they are used, so that a random window is to be cut out of what is stored."""
+
+    def gather_windows(
+        self, indices: np.ndarray, words: np.ndarray, least_area: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `gather`, with a random window of each example in place of its middle; `qtrain.data.resize.random_box`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageArrays:
     """Images held in memory: uint8 `[N, H, W, C]`, labels int32 `[N]`."""
@@ -87,6 +98,7 @@ class Dataset:
     std: tuple[float, ...] = ()
     augment: tuple[str, ...] = ()
     crop_padding: int = 4  # pixels
+    crop_area: float = 0.08  # the smallest share of an image that `resized_crop` leaves
     workers: int = 1  # background threads; neither these nor `prefetch` change a batch
     prefetch: int = 2  # batches
 
@@ -120,7 +132,8 @@ class Dataset:
         mean, std = (", ".join(f"{v:g}" for v in values) for values in (self.mean, self.std))
         if len(self.mean) > 1:
             mean, std = f"({mean})", f"({std})"
-        augment = ", ".join(f"crop({self.crop_padding})" if name == "crop" else name for name in self.augment) or "none"
+        settings = {"crop": f"crop({self.crop_padding})", "resized_crop": f"resized_crop({self.crop_area:g})"}
+        augment = ", ".join(settings.get(name, name) for name in self.augment) or "none"
         return (
             f"{self.name}: {self.num_train} train, {sizes} images {shape}, {self.num_classes} classes; "
             f"(x/{self.max_value:g} − {mean})/{std}; augment {augment}"

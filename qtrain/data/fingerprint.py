@@ -41,6 +41,8 @@ def fingerprint(dataset: Dataset, batch_size: int, seed: int) -> dict[str, Any]:
         result["data.augment"] = list(dataset.augment)
         if "crop" in dataset.augment:
             result["data.crop_padding"] = dataset.crop_padding
+        if "resized_crop" in dataset.augment:
+            result["data.crop_area"] = dataset.crop_area
     return result
 
 

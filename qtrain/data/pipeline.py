@@ -20,8 +20,9 @@ import grain
 import numpy as np
 
 from qtrain.data.augment import augment, normalize
-from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_batch_size
+from qtrain.data.dataset import Dataset, ImageSource, TokenSource, WindowedSource, check_batch_size
 from qtrain.data.randomness import epoch_order, epoch_phase, example_draws
+from qtrain.data.resize import random_crops
 from qtrain.errors import UsageError
 
 
@@ -50,11 +51,23 @@ class _TrainBatches:
 
     def _images(self, source: ImageSource, examples: np.ndarray, first: int) -> dict[str, np.ndarray]:
         dataset = self._dataset
-        images, labels = source.gather(examples)
-        if dataset.augment:
-            words = example_draws(self._seed, first, self._batch_size)[self._rows]
-            images = augment(images, words, dataset.augment, dataset.crop_padding)
+        if not dataset.augment:
+            images, labels = source.gather(examples)
+        else:
+            images, labels = self._augmented(source, examples, first)
         return {"image": normalize(images, dataset.max_value, dataset.mean, dataset.std), "label": labels}
+
+    def _augmented(self, source: ImageSource, examples: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+        dataset = self._dataset
+        words = example_draws(self._seed, first, self._batch_size)[self._rows]
+        windows = "resized_crop" in dataset.augment
+        if windows and isinstance(source, WindowedSource):
+            images, labels = source.gather_windows(examples, words, dataset.crop_area)
+        else:
+            images, labels = source.gather(examples)
+            if windows:
+                images = random_crops(images, words, dataset.crop_area)
+        return augment(images, words, dataset.augment, dataset.crop_padding), labels
 
     def _tokens(self, source: TokenSource, examples: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         starts = examples * source.length

@@ -47,3 +47,8 @@ def epoch_phase(seed: int, epoch: int, high: int) -> int:
 def below(words: np.ndarray, high: int) -> np.ndarray:
     """Maps random words to whole numbers in `0 … high − 1`: `⌊(w / 2⁶⁴)·high⌋` from the upper 32 bits; `high` ≤ 2³¹."""
     return (((words >> np.uint64(32)) * np.uint64(high)) >> np.uint64(32)).astype(np.int64)
+
+
+def unit(words: np.ndarray) -> np.ndarray:
+    """Maps random words to float64 in [0, 1): `(w mod 2³²) / 2³²`, the lower 32 bits, which `below` does not use."""
+    return (words & np.uint64(2**32 - 1)).astype(np.float64) / 2**32

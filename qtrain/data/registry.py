@@ -11,13 +11,18 @@ from qtrain.data.config import DataConfig, parse_config
 from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_batch_size
 from qtrain.errors import UsageError, did_you_mean
 
-# Shape and classes of each image set, which `smoke` needs before (and without) any file.
-_IMAGE_SHAPES = {
+# Shape and classes of each image set, which `smoke` needs before (and without) any file. Images of Imagenette, whose
+# shorter side is 160 pixels, differ in size.
+_IMAGE_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "digits": (digits.SHAPE, 10),
     "mnist": ((28, 28, 1), 10),
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
+    "imagenette": ((128, 128, 3), 10),
 }
+_TFDS_NAMES = {"imagenette": "imagenette/160px-v2"}  # where TFDS has it under another
+_NEVER_RESIZED = ("digits", "synthetic")
+_SYNTHETIC_SHAPE = (32, 32, 3)
 _SMOKE_EXAMPLES = 512
 
 
@@ -26,7 +31,7 @@ def load(config_data: Mapping[str, Any] | Any, *, smoke: bool = False) -> Datase
 
     Args:
       config_data: a mapping or `ConfigDict` with keys of `qtrain.data.DEFAULTS`.
-      smoke: generated arrays of the same shapes instead, small, so that no data set need be there. A set
+      smoke: generated arrays of the same shapes instead, few, so that no data set need be there. A set
         `tfds:<name>` takes `image_shape` and `num_classes` from the config, for its own are not known without it.
 
     Raises:
@@ -54,6 +59,18 @@ def _check(config: DataConfig) -> None:
         raise UsageError(f"data.path is {config.path!r}, but only data.name='text' reads a file, not {config.name!r}")
     if config.augment and _is_text(config.name):
         raise UsageError(f"data.augment is {config.augment}, but {config.name!r} is text; only images are augmented")
+    if config.name == "digits" and config.image_shape not in ((), digits.SHAPE):
+        raise UsageError(f"data.image_shape is {config.image_shape}, but 'digits' are not resized; leave it at ()")
+    stored = _IMAGE_SHAPES.get(config.name)
+    if config.image_shape and stored and config.image_shape[2] != stored[0][2]:
+        raise UsageError(
+            f"data.image_shape is {config.image_shape}, but {config.name!r} has images of {stored[0][2]} channels; "
+            f"give {(*config.image_shape[:2], stored[0][2])}"
+        )
+    if config.central_crop != 1.0 and (config.name in _NEVER_RESIZED or _is_text(config.name)):
+        raise UsageError(
+            f"data.central_crop is {config.central_crop:g}, but {config.name!r} has no images to resize; leave it at 1"
+        )
 
 
 def _is_text(name: str) -> bool:
@@ -82,6 +99,7 @@ def _image_dataset(
         std=statistics[1],
         augment=config.augment,
         crop_padding=config.crop_padding,
+        crop_area=config.crop_area,
         workers=config.workers,
         prefetch=config.prefetch,
     )
@@ -109,9 +127,11 @@ def _load_digits(config: DataConfig) -> Dataset:
 
 
 def _load_tfds(config: DataConfig) -> Dataset:
-    prepared = images.open_set(config.name.removeprefix("tfds:"), config.dir)
+    name = _TFDS_NAMES.get(config.name, config.name.removeprefix("tfds:"))
+    shape = config.image_shape or (_IMAGE_SHAPES[config.name][0] if config.name in _TFDS_NAMES else ())
+    prepared = images.open_set(name, config.dir, shape)
     check_batch_size(config.batch_size, prepared.splits["train"], config.name)  # before seconds of decoding
-    found = images.load(prepared, config.in_memory)
+    found = images.load(prepared, config.in_memory, shape, config.central_crop, "resized_crop" in config.augment)
     return _image_dataset(
         config,
         prepared.name,
@@ -133,7 +153,7 @@ def _load_text(config: DataConfig) -> Dataset:
 
 
 def _load_synthetic(config: DataConfig) -> Dataset:
-    shape, num_classes = config.image_shape, config.num_classes
+    shape, num_classes = config.image_shape or _SYNTHETIC_SHAPE, config.num_classes
     return _synthetic_images(config, config.name, shape, num_classes, config.num_train, config.num_test)
 
 
@@ -164,7 +184,8 @@ def _smoke(config: DataConfig) -> Dataset:
     num_train = max(_SMOKE_EXAMPLES, 2 * config.batch_size)
     if _is_text(config.name):
         return _synthetic_text(config, name, num_train, _SMOKE_EXAMPLES // 4)
-    shape, num_classes = _IMAGE_SHAPES.get(config.name, (config.image_shape, config.num_classes))
+    shape, num_classes = _IMAGE_SHAPES.get(config.name, (_SYNTHETIC_SHAPE, config.num_classes))
+    shape = config.image_shape or shape
     return _synthetic_images(config, name, shape, num_classes, num_train, _SMOKE_EXAMPLES // 4)
 
 
@@ -173,6 +194,7 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "mnist": _load_tfds,
     "cifar10": _load_tfds,
     "cifar100": _load_tfds,
+    "imagenette": _load_tfds,
     "tiny_shakespeare": _load_tiny_shakespeare,
     "text": _load_text,
     "synthetic": _load_synthetic,

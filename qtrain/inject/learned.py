@@ -82,7 +82,10 @@ class Learned:
     def _created(
         self, scope: flax.core.Scope, path: str, name: str, quantizer: Quantizer, x: Array, bits: Any, axes: Any
     ) -> Any:
-        created = quantizer.init(jax.lax.stop_gradient(x), bits, axes=axes)
+        try:
+            created = quantizer.init(jax.lax.stop_gradient(x), bits, axes=axes)
+        except UsageError as error:
+            raise UsageError(f"layer {path!r}: its {name} by {quantizer.describe()!r}: {error}") from None
         if scope.is_mutable_collection(LEARNED):
             scope.put_variable(LEARNED, name, created)
             return created

@@ -7,7 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.quantizers import EWGS, FORMATS, GRIDS, LSQ, PACT, TRS, DoReFa, Float, Quantizer, Uniform
+from qtrain.quantizers import (
+    EWGS,
+    FORMATS,
+    GRIDS,
+    LSQ,
+    PACT,
+    TRS,
+    DoReFa,
+    Float,
+    LearnedWidth,
+    Nested,
+    Quantizer,
+    Uniform,
+)
 
 # Kind → class, and what the words after it are, in order.
 _KINDS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
@@ -19,6 +32,8 @@ _KINDS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
     "pact": (PACT, ("per",)),
     "dorefa": (DoReFa, ("kind", "per")),
     "ewgs": (EWGS, ()),
+    "nested": (Nested, ("per", "scale_gradient")),
+    "learned_width": (LearnedWidth, ("signed", "per")),
 }
 KINDS = tuple(_KINDS)
 _FLAGS = {"signed": {"signed": True, "unsigned": False}, "normalised": {"normalised": True}}
@@ -35,6 +50,8 @@ def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
     ``pact/tensor``                   `PACT`
     ``dorefa/acts``                   `DoReFa`: weights or acts, per
     ``ewgs/…``                        `EWGS` around what follows
+    ``nested/row/loss``               `Nested`: per, scale_gradient
+    ``learned_width/signed/channel``  `LearnedWidth`: signed or unsigned, per
     ================================  =================================================================================
 
     Only the first word is needed. A mapping holds `Uniform`'s fields, or with the key ``format`` `Float`'s; with the

@@ -11,7 +11,7 @@ from qtrain.inject.plan import Row, narrow
 from qtrain.inject.resolve import Resolved
 from qtrain.inject.rules import Rule
 from qtrain.inject.trace import op_bits
-from qtrain.quantizers import Quantizer, layout
+from qtrain.quantizers import Quantizer, layout_of
 
 
 def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops, shared: Collection[str] = ()) -> tuple[Row, ...]:
@@ -39,7 +39,7 @@ def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops, shared: Collection
         bits = op_bits(path, rule)
         scales = 0
         if rule.weight_quantizer is not None and hasattr(rule.weight_quantizer, "per"):
-            scales = layout(record.rhs.shape, rule.weight_quantizer.per, record.contracted[1]).num_scales
+            scales = layout_of(rule.weight_quantizer, record.rhs.shape, record.contracted[1]).num_scales
             # A kernel that is stacked for a scan or vmap has the scales of every iteration.
             stacked = max((op.rhs.parameter_size for op in ops.by_path().get(path, ())), default=0)
             scales *= max(stacked // max(math.prod(record.rhs.shape), 1), 1)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.inject.quantizer_config import quantizer_from_config
-from qtrain.quantizers import RESIDUALS, Quantizer, Uniform
+from qtrain.quantizers import RESIDUALS, Nested, Quantizer, Uniform
 from qtrain.quantizers.base import static_bits
 
 OPS = ("dot", "conv")
@@ -77,6 +77,11 @@ class Rule:
             raise UsageError(
                 f"rule {self.path!r}: grad_quantizer={self.grad_quantizer.describe()!r} has parameters, and a backward "
                 "pass keeps none; give a Uniform or a Float"
+            )
+        if isinstance(self.act_quantizer, Nested):
+            raise UsageError(
+                f"rule {self.path!r}: act_quantizer={self.act_quantizer.describe()!r} is for weights and biases, whose "
+                "gradients it compares them with; give a Uniform, an LSQ, a LearnedWidth, or None"
             )
         if not isinstance(self.ops, str | Sequence):
             raise UsageError(f"rule {self.path!r}: ops={self.ops!r}; give a tuple of {OPS}")

@@ -6,6 +6,6 @@ A term is a function ``(weights, params, quant, precision) -> float32 scalar`` o
 
 from qtrain.losses.build import LOSSES, penalty_from_config
 from qtrain.losses.shares import SCHEDULES
-from qtrain.losses.terms import dampening
+from qtrain.losses.terms import bin_count, dampening, deviation, inverse_scale
 
-__all__ = ["LOSSES", "SCHEDULES", "dampening", "penalty_from_config"]
+__all__ = ["LOSSES", "SCHEDULES", "bin_count", "dampening", "deviation", "inverse_scale", "penalty_from_config"]

@@ -78,7 +78,7 @@ def budget_from_config(config: Mapping[str, Any], widths: Widths, q_max: Precisi
         excess = used / allowed - 1
         multiplier = controller["multiplier"]
         after = jnp.maximum(multiplier + config["rate"] * jax.lax.stop_gradient(excess), 0.0)
-        new = {"multiplier": after, "spent": jax.lax.stop_gradient(used), "budget": jnp.asarray(allowed, jnp.float32)}
+        new = {"multiplier": after, "spent": jax.lax.stop_gradient(used), "target": jnp.asarray(allowed, jnp.float32)}
         return multiplier * excess, new
 
     return penalty
@@ -86,4 +86,4 @@ def budget_from_config(config: Mapping[str, Any], widths: Widths, q_max: Precisi
 
 def initial_controller() -> Controller:
     """Nothing is asked for at first."""
-    return {"multiplier": jnp.zeros(()), "spent": jnp.zeros(()), "budget": jnp.zeros(())}
+    return {"multiplier": jnp.zeros(()), "spent": jnp.zeros(()), "target": jnp.zeros(())}

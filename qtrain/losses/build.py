@@ -18,8 +18,20 @@ from qtrain.precision import Precision
 Array = jax.Array
 Penalty = Callable[[Array, Any, Any, Precision], Array]
 
-LOSSES: dict[str, Callable[[Sequence[Weight], Any, Any, Precision], Array]] = {"dampening": terms.dampening}
+LOSSES: dict[str, Callable[[Sequence[Weight], Any, Any, Precision], Array]] = {
+    "dampening": terms.dampening,
+    "inverse_scale": terms.inverse_scale,
+    "bin_count": terms.bin_count,
+    "deviation": terms.deviation,
+}
 """Name in a config → term."""
+
+_PROBLEMS: dict[str, Callable[[Sequence[Weight]], str | None]] = {
+    "dampening": terms.unsuited,
+    "inverse_scale": terms.unscaled,
+    "bin_count": terms.unscaled,
+    "deviation": terms.unscaled,
+}
 
 
 def penalty_from_config(
@@ -33,7 +45,8 @@ def penalty_from_config(
       total_steps: of the run.
 
     Raises:
-      UsageError: for an unknown name, a rate out of range, or no quantized weight.
+      UsageError: for an unknown name, a rate out of range, no quantized weight, or weights whose quantizers have not
+        what the term is about (a learned scale).
     """
     chosen = []
     for name, entry in config.items():
@@ -48,6 +61,9 @@ def penalty_from_config(
             raise UsageError(f"{key}.schedule={schedule!r}: give one of {tuple(SCHEDULES)}.{near}")
         if rate and not weights:
             raise UsageError(f"{key}.rate={rate}: there is no quantized weight to penalise; set it to 0")
+        problem = _PROBLEMS[name](weights) if rate else None
+        if problem is not None:
+            raise UsageError(f"{key}.rate={rate}: {problem}, or set it to 0")
         if rate:
             chosen.append((rate, SCHEDULES[schedule], LOSSES[name]))
     if not chosen:

@@ -6,8 +6,9 @@ float32.
 
 from qtrain.models.build import MODELS, build
 from qtrain.models.cnn import CNN
+from qtrain.models.imagenet_resnet import ImageNetResNet
 from qtrain.models.mlp import MLP
 from qtrain.models.resnet import CifarResNet
 from qtrain.models.transformer import TransformerLM
 
-__all__ = ["CNN", "MLP", "MODELS", "CifarResNet", "TransformerLM", "build"]
+__all__ = ["CNN", "MLP", "MODELS", "CifarResNet", "ImageNetResNet", "TransformerLM", "build"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.models.cnn import CNN
+from qtrain.models.imagenet_resnet import BLOCKS, ImageNetResNet
 from qtrain.models.mlp import MLP
 from qtrain.models.resnet import CifarResNet
 from qtrain.models.transformer import TransformerLM
@@ -44,14 +45,19 @@ def _widths(value: Any) -> tuple[int, ...] | None:
     return None if any(_whole(width, 1) is None for width in value) else tuple(value)
 
 
-def _choice(*names: str) -> _Value:
-    return _Value("one of " + ", ".join(names), lambda value: value if value in names else None)
+def _choice(*allowed: Any) -> _Value:
+    # Of the same type: 50.0 is no depth, and True no number.
+    def convert(value: Any) -> Any:
+        return next((one for one in allowed if type(one) is type(value) and one == value), None)
+
+    return _Value("one of " + ", ".join(map(str, allowed)), convert)
 
 
 _POSITIVE = _Value("a whole number of at least 1", lambda value: _whole(value, 1))
 _RATE = _Value("a rate from 0 to below 1", _rate)
 _SWITCH = _Value("True or False", lambda value: value if isinstance(value, bool) else None)
 _WIDTHS = _Value("a list of whole numbers of at least 1", _widths)
+_FACTOR = _Value("a number above 0", _factor)
 _DEPTH = _Value("6n + 2, such as 20, 32, 44, 56 or 110", lambda v: v if _whole(v, 8) and v % 6 == 2 else None)
 
 MODELS: dict[str, tuple[type[nn.Module], dict[str, _Value]]] = {
@@ -70,7 +76,7 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, _Value]]] = {
         CifarResNet,
         {
             "depth": _DEPTH,
-            "width": _Value("a number above 0", _factor),
+            "width": _FACTOR,
             "shortcut": _choice("pad", "projection"),
         },
     ),
@@ -88,6 +94,15 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, _Value]]] = {
             "remat": _SWITCH,
         },
     ),
+    "imagenet_resnet": (
+        ImageNetResNet,
+        {
+            "depth": _choice(*BLOCKS),
+            "width": _FACTOR,
+            "stem": _choice("7x7", "3x3"),
+            "zero_init_residual": _SWITCH,
+        },
+    ),
 }
 """Name → (module, the fields that a config may set)."""
 
@@ -96,8 +111,8 @@ def build(config_model: Mapping[str, Any], *, num_classes: int, input_shape: Seq
     """The module that ``config.model`` describes.
 
     Args:
-      config_model: ``name`` (mlp, cnn, resnet, transformer), ``dtype`` (float32, bfloat16, float16: of the computation)
-        and any of the module's own fields; what is not named keeps the module's default. A mapping or ``ConfigDict``.
+      config_model: ``name`` (of `MODELS`), ``dtype`` (float32, bfloat16, float16: of the computation) and any of the
+        module's own fields; what is not named keeps the module's default. A mapping or ``ConfigDict``.
       num_classes: of the labels; for a language model its vocabulary size.
       input_shape: of one example, without the batch: ``(height, width, channels)``, or ``(length,)`` for tokens, which
         is also the default of ``max_length``.

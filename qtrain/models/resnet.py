@@ -11,28 +11,34 @@ import jax.numpy as jnp
 
 from qtrain.errors import UsageError
 
-_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""He initialization by fan-out (arXiv 1502.01852)."""
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm, ReLU between them and after the sum with the shortcut."""
+    """Two 3×3 convolutions with batch norm, ReLU between them and after the sum with the shortcut.
+
+    With `zero_init_residual` the last norm's scale begins at 0, so that the block begins as its shortcut.
+    """
 
     features: int
     stride: int
     shortcut: Literal["pad", "projection"]
     dtype: Any
+    zero_init_residual: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """A batch of images NHWC; the output has `features` channels and 1/stride of the side."""
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=self.dtype)
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_normal, dtype=self.dtype)
         norm = functools.partial(
             nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype
         )
         y = conv(self.features, (3, 3), strides=self.stride, padding=1)(x)
         y = nn.relu(norm()(y))
         y = conv(self.features, (3, 3), padding=1)(y)
-        y = norm()(y)
+        last = nn.initializers.zeros_init() if self.zero_init_residual else nn.initializers.ones_init()
+        y = norm(scale_init=last)(y)
         if self.stride != 1 or x.shape[-1] != self.features:
             if self.shortcut == "projection":
                 x = conv(self.features, (1, 1), strides=self.stride, name="shortcut")(x)
@@ -79,7 +85,7 @@ class CifarResNet(nn.Module):
             )
         channels = [max(round(self.width * base), 1) for base in (16, 32, 64)]
         x = nn.Conv(
-            channels[0], (3, 3), padding=1, use_bias=False, kernel_init=_he_normal, dtype=self.dtype, name="stem"
+            channels[0], (3, 3), padding=1, use_bias=False, kernel_init=he_normal, dtype=self.dtype, name="stem"
         )(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="stem_norm")(
             x

@@ -53,7 +53,8 @@ class Groups:
 
     Attributes:
       labels: tree → a tree like it of "params" (ordinary parameters), "latent" (quantized weights under a
-        transition rate), "quant" (learned quantizer parameters) and "frozen"; None: all are ordinary.
+        transition rate), "quant" (learned quantizer parameters), "width" (of these, learned widths) and "frozen"; None:
+        all are ordinary.
       codes: of the quantized weights, for `scale_by_transition_rate` and `track_oscillations`.
       decode: the values of such codes, for `freeze_oscillations`.
     """
@@ -74,7 +75,9 @@ def optimizer(
         except where the optimizer decouples it itself (adamw, lion, …); ``decay`` "kernels" (tensors of two and more
         axes) or "all"; ``clip_norm``: global gradient norm, 0 for none; ``accumulate_steps``: micro-batches averaged
         into one update; ``options``: further arguments of the optax function; ``quant``: ``learning_rate`` (None: the
-        same), following the same schedule, and ``weight_decay`` of learned quantizer parameters; ``transition``: see
+        same), following the same schedule, and ``weight_decay`` of learned quantizer parameters, and
+        ``width_learning_rate`` of learned widths: these are moved by Adam whatever `name` says, at this many bits a
+        step, following the same schedule; ``transition``: see
         `transition_from_config`; ``oscillation``: ``track`` counts the oscillations of quantized weights, ``freeze``
         also freezes weights by `freezing_threshold` (``freeze_start``, ``freeze_end``, ``freeze_from_percent``), both
         with ``momentum``.
@@ -112,10 +115,12 @@ def optimizer(
         _at_least_zero("optimizer.quant.weight_decay", quant["weight_decay"])
         own = config["learning_rate"] if quant["learning_rate"] is None else quant["learning_rate"]
         _at_least_zero("optimizer.quant.learning_rate", own)
+        _at_least_zero("optimizer.quant.width_learning_rate", quant["width_learning_rate"])
         factor = own / config["learning_rate"]
         parts = {
             "params": ordinary,
             "quant": _base({**config, "decay": "all"}, lambda step: factor * schedule(step), quant["weight_decay"]),
+            "width": optax.adam(lambda step: quant["width_learning_rate"] / config["learning_rate"] * schedule(step)),
             "frozen": optax.set_to_zero(),
         }
         if name in TRANSITION:

@@ -14,7 +14,7 @@ from qtrain.errors import UsageError, did_you_mean
 from qtrain.quantizers import native
 from qtrain.quantizers.base import FLOAT_BITS, Array, Quantizer, static_bits
 from qtrain.quantizers.coded import folding
-from qtrain.quantizers.granularity import layout
+from qtrain.quantizers.granularity import layout_of
 from qtrain.quantizers.operations import Contraction
 
 RESIDUALS = ("quantized", "original", "folded", "requantized")
@@ -200,7 +200,7 @@ def _several(quantizer: Quantizer | None, x: Array, bits: Any, axes: tuple[int, 
     """Whether an operand is quantized with several scales."""
     if quantizer is None or bits is None or not hasattr(quantizer, "per"):
         return False
-    return layout(x.shape, quantizer.per, axes).num_scales > 1
+    return layout_of(quantizer, x.shape, axes).num_scales > 1
 
 
 def _factor(quantizer: Any, x: Array, bits: Any, params: Any, axes: tuple[int, ...]) -> Array | None:

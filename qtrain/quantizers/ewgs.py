@@ -61,6 +61,11 @@ class EWGS(Quantizer):
             raise UsageError(
                 f"quantizer={inner!r}: EWGS wraps a quantizer on a grid: Uniform, LSQ, TRS, PACT or DoReFa"
             )
+        if inner.chooses_width:
+            raise UsageError(
+                f"quantizer={inner.describe()!r}: it chooses its own width, and EWGS scales by that of the step; give "
+                "LSQ, TRS or PACT"
+            )
         if inner.stochastic or inner.ema is not None:
             raise UsageError(f"quantizer={inner.describe()!r}: EWGS needs deterministic rounding and no running range")
         if not isinstance(self.delta, int | float) or not 0.0 <= self.delta < math.inf:

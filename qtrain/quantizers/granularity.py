@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -92,3 +93,13 @@ def layout(shape: Sequence[int], per: Per, contracted: Sequence[int] | None = No
         raise UsageError(f"per={per}: the group size does not divide axis {split} of a tensor of shape {shape}")
     blocked = (*shape[:split], shape[split] // per, per, *shape[split + 1 :])
     return Layout(blocked, (split + 1,))
+
+
+def layout_of(quantizer: Any, shape: Sequence[int], contracted: Sequence[int] | None = None) -> Layout:
+    """The layout of a quantizer's scales: by rules of its own where it has a `layout`, else for its ``per``.
+
+    Raises:
+      UsageError: where its granularity does not fit the shape.
+    """
+    own = getattr(quantizer, "layout", None)
+    return layout(shape, quantizer.per, contracted) if own is None else own(shape)

@@ -35,6 +35,7 @@ class Grid(NamedTuple):
       offset: float32 likewise, or None for 0.
       unit: float32 likewise, where a code does not stand for a step of the input; None: it does.
       source: the parameter that the step is made from, where the gradient is stated for that; None: for the step.
+      width: float32 likewise, the width that the step is made for, where it is learned.
     """
 
     step: Array
@@ -44,6 +45,7 @@ class Grid(NamedTuple):
     offset: Array | None = None
     unit: Array | None = None
     source: Array | None = None
+    width: Array | None = None
 
 
 class Gradient(NamedTuple):
@@ -172,11 +174,14 @@ class GridQuantizer(Quantizer):
     def scale(
         self, x: Array, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
     ) -> Array:
-        """What one code stands for at `bits`, float32, for each group of elements that share it (axes kept)."""
+        """What one code stands for at `bits`, float32, for each group of elements that share it (axes kept).
+
+        Differentiable to the parameters as the step is, through the rounding to the dtype of `x` as if there were none.
+        """
         _, grid, _, view = self._prepared(x, bits, params, axes)
-        scale = _encoded_scale(grid, x.dtype)
-        scale = scale.scale if isinstance(scale, AffineScale) else scale
-        return jnp.broadcast_to(scale.astype(jnp.float32), jnp.broadcast_shapes(scale.shape, view.scale_shape))
+        scale = grid.step if grid.unit is None else grid.unit
+        scale = straight_through(scale, _rounded(scale, x.dtype))
+        return jnp.broadcast_to(scale, jnp.broadcast_shapes(scale.shape, view.scale_shape))
 
     def _prepared(self, x: Array, bits: Any, params: Any, axes: Axes | None) -> tuple[Array, Grid, Array, Layout]:
         concrete = static_bits(bits)
@@ -204,7 +209,9 @@ def distance_to_transition(
     `quantizer`: `Uniform` or one of those here.
     """
     position = quantizer.position(x, bits, params, axes=axes)
-    first, last = quantizer.transitions(bits)
+    # The ends of a grid whose width is learned are not those of the step's bits.
+    ends = {"params": params} if quantizer.chooses_width else {}
+    first, last = quantizer.transitions(bits, **ends)
     return jnp.abs(position - jnp.clip(jnp.floor(position) + 0.5, first, last))
 
 

@@ -1,0 +1,19 @@
+"""Two dense layers on MNIST that learn how coarsely their weights may be stored: nested quantization layers.
+
+Kernels and biases are P_r = s·⌊P/s⌋, with one s for each column of a kernel and one for a bias; s grows where gradients
+are small against the parameter (`qtrain.quantizers.Nested`). Activations and gradients stay in float. The source is a
+thesis on learned quantization schemes (two dense layers); width and recipe are ours. Reads a prepared TFDS set.
+Time: not measured. Expected: not measured.
+Command: qtrain train --config configs/mnist_mlp_nested.py --workdir runs/nested --config.data.dir=FOLDER
+"""
+
+from qtrain.config import base_config, finish
+
+
+def get_config(argument: str = ""):
+    config = base_config("mnist_mlp")
+    config.model.features = (128,)
+    config.quant.update(weights="nested/column", bias="nested", acts="none", grads="none")
+    config.schedule.update(name="constant", bits=8)  # the steps that scales begin with
+    config.optimizer.quant.learning_rate = 1e-4
+    return finish(config, argument)
