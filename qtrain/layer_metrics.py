@@ -13,6 +13,7 @@ from qtrain.optim import named_rows, oscillation_metrics, transition_metrics
 from qtrain.optim.build import TRANSITION
 from qtrain.optim.transition_metrics import with_overall
 from qtrain.precision import Precision
+from qtrain.size import size_metrics
 from qtrain.state import TrainState
 
 Array = jax.Array
@@ -26,7 +27,8 @@ def make_layer_metrics(experiment: Experiment) -> Callable[[TrainState], dict[st
       `qtrain.optim.transition_metrics`, and the mean ``distance`` to where a code changes. Where oscillations are
       tracked, `qtrain.optim.oscillation_metrics` beside them.
     * Where quantizers choose their widths ``width/<parameter>`` and the average over all quantized parameters
-      ``width/average``, in bits; with a budget ``budget/spent``, ``budget/target`` and ``budget/multiplier``.
+      ``width/average``, in bits, and what storing them takes, `qtrain.size.size_metrics`; with a budget
+      ``budget/spent``, ``budget/target`` and ``budget/multiplier``.
     """
     optimizer = experiment.config.optimizer
     parts: list[Measure] = []
@@ -64,7 +66,7 @@ def _widths(experiment: Experiment, state: TrainState, precision: Precision) -> 
     assert widths is not None
     arguments = state.params, state.quant, precision
     found = {f"width/{weight.name}": widths.weight(weight, *arguments) for weight in widths.choosing}
-    return {"width/average": widths.average_bits(*arguments), **found}
+    return {"width/average": widths.average_bits(*arguments), **found, **size_metrics(widths.weights, *arguments)}
 
 
 def _without_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from qtrain.init_from import load_float
 from qtrain.layer_metrics import make_layer_metrics
 from qtrain.progress import Progress
 from qtrain.reestimate import check_reestimation
+from qtrain.size import size_summary
 from qtrain.state import TrainState, create, inputs_and_labels, make_train_step, several_steps
 from qtrain.writers import MetricsWriter
 
@@ -347,6 +348,7 @@ class _Run:
             "compilations": self._compilations(),
             "wall_seconds": round(self.progress.elapsed, 3),
             "bits_final": bits,
+            **size_summary(self.experiment.weights, self.state.params, self.state.quant, last),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
         }
 

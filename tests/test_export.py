@@ -78,10 +78,8 @@ class ScannedBlocks(nn.Module):
             def __call__(self, x, _):
                 normed = nn.LayerNorm()(x)
                 x = x + nn.MultiHeadDotProductAttention(num_heads=2)(normed, normed)
-                hidden = nn.gelu(
-                    nn.Dense(2 * self.width, dtype=self.dtype, name="up")(nn.LayerNorm(dtype=self.dtype)(x))
-                )
-                return x + nn.Dense(self.width, dtype=self.dtype, name="down")(hidden), None
+                hidden = nn.gelu(nn.Dense(2 * self.width, name="up")(nn.LayerNorm()(x)))
+                return x + nn.Dense(self.width, name="down")(hidden), None
 
         axes = {"params": 0, **({"quant": 0} if self.quant_axis else {})}
         stack = nn.scan(Block, variable_axes=axes, split_rngs={"params": True}, length=self.depth)

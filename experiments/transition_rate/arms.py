@@ -22,8 +22,6 @@ LEARNING_RATES = {"sgd": (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), "adam": (3e-4, 1e-3
 TUNED_AS = {"adamw": "adam", "adamwt": "adamt"}  # differ in weight decay alone
 FACTORS = (1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)  # λ that are tuned over; as many as learning rates
 SWEEP = (5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)  # λ
-DAMPENING = (1e-3, 1e-2, 1e-1, 1.0)
-FREEZING = (0.001, 0.003, 0.01, 0.03)  # momentum of the oscillation frequency
 TUNING_SEEDS = (0, 1)
 SEEDS = tuple(range(2, 12))
 FEWER = tuple(range(2, 7))
@@ -85,9 +83,9 @@ def lower(optimizers: Iterable[str], rows: list[dict[str, Any]]) -> Iterator[Arm
         rate = rates[max(rates.index(best(rows, plain)["learning_rate"]) - 1, 0)]
         factor = best(rows, PAIRS[plain])["factor"]
         facts = {"bits": 2, "learning_rate": rate}
-        yield Arm("main", f"{plain} 2 lower", facts | {"optimizer": plain}, _plain(plain, 2, rate), SEEDS)
+        yield Arm("main", f"{plain} 2 lower", facts | {"optimizer": plain}, _plain(plain, 2, rate), FEWER)
         facts |= {"optimizer": PAIRS[plain], "factor": factor, "rule": "additive"}
-        yield Arm("main", f"{PAIRS[plain]} 2 lower", facts, _rated(plain, 2, rate, factor), SEEDS)
+        yield Arm("main", f"{PAIRS[plain]} 2 lower", facts, _rated(plain, 2, rate, factor), FEWER)
 
 
 def rules(rows: list[dict[str, Any]]) -> Iterator[Arm]:
@@ -108,20 +106,16 @@ def sweep(optimizers: Iterable[str], rows: list[dict[str, Any]]) -> Iterator[Arm
             yield Arm("sweep", f"{PAIRS[plain]} λ={factor:g}", facts, _rated(plain, 2, rate, factor), FEWER)
 
 
-def neighbours_tuning(rows: list[dict[str, Any]]) -> Iterator[Arm]:
-    """Dampening and freezing with Adam at 2 bits (Nagel et al. 2022): the rate, and the momentum."""
-    rate = best(rows, "adam")["learning_rate"]
-    for value in DAMPENING:
-        yield _neighbour("tune", "dampening", rate, value, TUNING_SEEDS)
-    for value in FREEZING:
-        yield _neighbour("tune", "freezing", rate, value, TUNING_SEEDS)
-
-
 def neighbours(rows: list[dict[str, Any]]) -> Iterator[Arm]:
-    """The same, as tuned."""
+    """Dampening and freezing with Adam at 2 bits, with the settings of their paper (Nagel et al. 2022), not tuned."""
     rate = best(rows, "adam")["learning_rate"]
-    for name in ("dampening", "freezing"):
-        yield _neighbour("main", name, rate, best(rows, f"adam+{name}")["value"], SEEDS)
+    settings = {
+        "dampening": ("--config.losses.dampening.rate=0.1", "--config.losses.dampening.schedule=cosine_up"),
+        "freezing": ("--config.optimizer.oscillation.freeze=true",),
+    }
+    for name, own in settings.items():
+        facts = {"optimizer": f"adam+{name}", "bits": 2, "learning_rate": rate}
+        yield Arm("main", f"adam+{name} 2", facts, (*_plain("adam", 2, rate), *own), FEWER)
 
 
 def best(rows: list[dict[str, Any]], optimizer: str) -> dict[str, Any]:
@@ -134,16 +128,6 @@ def best(rows: list[dict[str, Any]], optimizer: str) -> dict[str, Any]:
             losses.setdefault(row["name"], []).append(row["train_loss"])
             facts[row["name"]] = row
     return facts[min(losses, key=lambda name: float(np.mean(losses[name])))]
-
-
-def _neighbour(group: str, name: str, rate: float, value: float, seeds: tuple[int, ...]) -> Arm:
-    if name == "dampening":
-        own = (f"--config.losses.dampening.rate={value}", "--config.losses.dampening.schedule=cosine_up")
-    else:
-        own = ("--config.optimizer.oscillation.freeze=true", f"--config.optimizer.oscillation.momentum={value}")
-    facts = {"optimizer": f"adam+{name}", "bits": 2, "learning_rate": rate, "value": value}
-    label = f"adam+{name}" + (f" {value:g}" if group == "tune" else " 2")
-    return Arm(group, label, facts, (*_plain("adam", 2, rate), *own), seeds, group == "main")
 
 
 def _plain(name: str, bits: int, rate: float) -> tuple[str, ...]:

@@ -153,7 +153,7 @@ def draw_sweep(rows: Rows, path: Path) -> None:
     optimizers = [name for name in PAIRS if any(row["optimizer"] == PAIRS[name] for row in swept)]
     figure = Figure(figsize=(4.6 * len(optimizers), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    row_of_axes = figure.subplots(1, len(optimizers), sharey=True, squeeze=False)[0]
+    row_of_axes = figure.subplots(1, len(optimizers), squeeze=False)[0]  # one of them spreads far wider
     for axes, plain in zip(row_of_axes, optimizers, strict=True):
         factors = sorted({row["factor"] for row in swept if row["optimizer"] == PAIRS[plain]})
         found = [accuracies(rows, "sweep", f"{PAIRS[plain]} λ={factor:g}") for factor in factors]
@@ -172,7 +172,7 @@ def draw_sweep(rows: Rows, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("λ, where R₀ = λ·√2 (share of codes per update)")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower center")
+        axes.legend(loc="lower left")
     row_of_axes[0].set_ylabel("test accuracy at W2A2, %")
     figure.suptitle(f"{len(found[0])} seeds: mean, 95 % bootstrap interval, single runs as dots", fontsize=11)
     figure.savefig(path, dpi=110)
@@ -202,6 +202,7 @@ def draw_pairs(rows: Rows, path: Path) -> None:
         axes.axhline(level, color="k", linewidth=1, linestyle=":", label="float checkpoint")
         axes.set_title(f"W{bits}A{bits}, {len(seeds)} seeds")
         axes.set_xticks(range(3), [NAMES[name] for name in PAIRS])
+        axes.set_xlim(-0.5, 2.5)
         axes.grid(alpha=0.3, axis="y")
     panels[0].set_ylabel("test accuracy, %")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -197,7 +197,6 @@ def planned(groups: list[str], optimizers: list[str], rows: Callable[[], list[di
     if "sweep" in groups:
         yield from study.sweep([name for name in optimizers if name in study.LEARNING_RATES], rows())
     if "neighbours" in groups and "adam" in optimizers:
-        yield from study.neighbours_tuning(rows())
         yield from study.neighbours(rows())
 
 

@@ -88,14 +88,11 @@ def quantize(
         return codes, scale, quantizer(x, bits, known, axes=weight.axes, **options)
 
     value = weight.value(params)
-    return weight._over_stack(function, quant, getattr(value, "value", value), ranges)
+    return weight.over_stack(function, quant, getattr(value, "value", value), ranges)
 
 
 def quantized_at(weights: Sequence[Weight], precision: Any) -> tuple[Weight, ...]:
     """Those that `precision` gives bits, whatever their number."""
-    stacked = {weight.path: weight.stacked for weight in weights if weight.kind == "weights"}
-    # A bias is stacked as its kernel is: its own rank does not tell, where a DenseGeneral has several features.
-    weights = [dataclasses.replace(weight, stacked=stacked.get(weight.path, weight.stacked)) for weight in weights]
     return tuple(weight for weight in weights if weight.bits(precision) is not None and weight.size)
 
 

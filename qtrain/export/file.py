@@ -25,8 +25,10 @@ VERSION = 1
 def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> int:
     """Write `tensors` and the JSON `content` to `path`, replacing what is there only once all of it is on the disk.
 
-    The safetensors header's metadata are ``format``, ``version``, ``qtrain`` (the version that wrote it), ``content``
-    and ``crc32``, a checksum of all of these and of every tensor's name, dtype, shape and bytes.
+    The safetensors header's metadata have one entry, ``qtrain-export``, a JSON object: ``version`` of the format,
+    ``qtrain`` (the version that wrote it), ``content``, and ``crc32``, a checksum of these three and of every tensor's
+    name, dtype, shape and bytes. (One entry, since safetensors writes several in an order that differs from run to run,
+    and equal models are to give equal files.)
 
     Returns:
       The size of the file in bytes.
@@ -34,15 +36,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], conte
     Raises:
       UsageError: where it cannot be written; there is then no new file.
     """
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "qtrain": __version__,
-        "content": json.dumps(content, separators=(",", ":")),
-    }
+    document = {"version": VERSION, "qtrain": __version__, "content": content}
     tensors = {name: np.asarray(value, order="C") for name, value in tensors.items()}
-    metadata["crc32"] = _checksum(tensors, metadata)
-    encoded = safetensors.numpy.save(tensors, metadata)
+    document["crc32"] = _checksum(tensors, document)
+    encoded = safetensors.numpy.save(tensors, {FORMAT: json.dumps(document, separators=(",", ":"))})
     try:
         replace_file(path, encoded)
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -62,8 +59,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
         raise UsageError(f"load: there is no file {shown}; give one that qtrain export wrote")
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            _check_origin(shown, metadata)
+            document = _document(shown, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
@@ -72,23 +68,29 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, np.ndarray], dict[str,
         raise UsageError(
             f"load: {shown} is truncated, altered or no safetensors file ({' '.join(str(error).split())}); export again"
         ) from error
-    if metadata.get("crc32") != _checksum(tensors, {key: metadata[key] for key in metadata if key != "crc32"}):
+    if document.pop("crc32", None) != _checksum(tensors, document):
         raise UsageError(f"load: {shown} was altered after it was written: its checksum differs; export again")
-    return tensors, json.loads(metadata["content"])
+    return tensors, document["content"]
 
 
-def _check_origin(shown: str, metadata: Mapping[str, str]) -> None:
-    if metadata.get("format") != FORMAT:
-        raise UsageError(f"load: {shown} was not written by qtrain export: it does not say format {FORMAT!r}")
-    if metadata.get("version") != str(VERSION):
+def _document(shown: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    if FORMAT not in metadata:
+        raise UsageError(f"load: {shown} was not written by qtrain export: its metadata have no {FORMAT!r}")
+    try:
+        document = json.loads(metadata[FORMAT])
+        version, writer = document["version"], document["qtrain"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"load: {shown} was altered after it was written: its metadata are no JSON") from error
+    if version != VERSION:
         raise UsageError(
-            f"load: {shown} is of format version {metadata.get('version')}, written by qtrain "
-            f"{metadata.get('qtrain')}; qtrain {__version__} reads version {VERSION}: use that qtrain, or export again"
+            f"load: {shown} is of format version {version}, written by qtrain {writer}; qtrain {__version__} reads "
+            f"version {VERSION}: use that qtrain, or export again"
         )
+    return document
 
 
-def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    checksum = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+def _checksum(tensors: Mapping[str, np.ndarray], document: Mapping[str, Any]) -> str:
+    checksum = zlib.crc32(json.dumps(document, sort_keys=True).encode())
     for name in sorted(tensors):
         value = np.ascontiguousarray(tensors[name])
         checksum = zlib.crc32(f"{name} {value.dtype.str} {value.shape}".encode(), checksum)

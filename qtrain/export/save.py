@@ -145,7 +145,7 @@ def _contents(
     """Tensors and metadata of the file, a row for each quantized parameter, and the values that its codes stand for."""
     shape = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
     # The rules as resolved for a whole pass: what a quantizer sees is in the dtype that its layer computes in.
-    resolved, params = qmodel._initial(None, (shape,), call)
+    resolved, params = qmodel.initial(None, (shape,), call)
     kept = below_float(quantized_weights(resolved, qmodel.rules, params), bits)
     if not kept:
         raise UsageError(

@@ -299,7 +299,7 @@ class QuantizedModel:
 
     def weights(self, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Weight, ...]:
         """The parameters that are quantized, an entry each, in order of execution; arguments as for `plan`."""
-        resolved, params = self._initial(rngs, args, kwargs)
+        resolved, params = self.initial(rngs, args, kwargs)
         return weights(resolved, self.rules, params)
 
     def quantizers(self, *args: Any, rngs: Any = None, **kwargs: Any) -> dict[tuple[str, str], Quantizer]:
@@ -310,7 +310,7 @@ class QuantizedModel:
             "bias": "bias_quantizer",
             "grads": "grad_quantizer",
         }
-        assigned = self._initial(rngs, args, kwargs)[0].assigned
+        assigned = self.initial(rngs, args, kwargs)[0].assigned
         found = {
             (path, kind): getattr(self.rules[index], field)
             for path, index in assigned.items()
@@ -318,7 +318,7 @@ class QuantizedModel:
         }
         return {owner: quantizer for owner, quantizer in found.items() if quantizer is not None}
 
-    def _initial(self, rngs: Any, args: Any, kwargs: Any) -> tuple[Resolved, Any]:
+    def initial(self, rngs: Any, args: Any, kwargs: Any) -> tuple[Resolved, Any]:
         """The rules resolved for initialisation, and the shapes of the parameters."""
         keys = rngs if isinstance(rngs, Mapping) else dict.fromkeys(("params", "dropout"), jax.random.key(0))
         dynamic, rebuild = split_static(jax.tree.map(abstract, (args, kwargs)))

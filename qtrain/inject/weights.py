@@ -79,7 +79,7 @@ class Weight:
         def function(own: Any, x: Array) -> Any:
             return getattr(self.quantizer, method)(x, bits, own, axes=self.axes)
 
-        return self._over_stack(function, quant, self.value(params))
+        return self.over_stack(function, quant, self.value(params))
 
     def distance_to_transition(self, params: Any, quant: Mapping[str, Any], bits: Any) -> Array:
         """Mean distance of the parameter's elements to where their codes change; see `qtrain.quantizers`."""
@@ -87,7 +87,7 @@ class Weight:
         def function(own: Any, x: Array) -> Any:
             return distance_to_transition(self.quantizer, x, bits, own, axes=self.axes)
 
-        return jnp.mean(self._over_stack(function, quant, self.value(params)))
+        return jnp.mean(self.over_stack(function, quant, self.value(params)))
 
     def decode(self, codes: Array, params: Any, quant: Mapping[str, Any], bits: Any) -> Array:
         """The values that `codes` of the parameter stand for, on the grid that the parameter has at `bits`."""
@@ -96,10 +96,10 @@ class Weight:
             quantizer: Any = self.quantizer
             return quantizer.decode(codes, quantizer.encode(x, bits, own, axes=self.axes)[1], axes=self.axes)
 
-        return self._over_stack(function, quant, self.value(params), codes)
+        return self.over_stack(function, quant, self.value(params), codes)
 
-    def _over_stack(self, function: Callable[..., Any], quant: Mapping[str, Any], *arrays: Array) -> Any:
-        """``function(learned, *arrays)`` for each layer of a stack."""
+    def over_stack(self, function: Callable[..., Any], quant: Mapping[str, Any], *arrays: Array) -> Any:
+        """``function(learned, *arrays)`` for each layer of a stack; `arrays` have its leading axes."""
         learned = self.learned(quant)
         for level in range(self.stacked):
             # One set of parameters for a whole stack, unless the collection is stacked, too.
@@ -123,15 +123,18 @@ def weights(resolved: Resolved, rules: Sequence[Rule], params: Any) -> tuple[Wei
         keys = tuple(path.split("/")) if path else ()
         for key in keys:
             module = module.get(key, {}) if isinstance(module, Mapping) else {}
-        for kind, name, quantizer, ndim, axes in (
-            ("weights", "kernel", rule.weight_quantizer, len(record.rhs.shape), record.contracted[1]),
-            ("bias", "bias", rule.bias_quantizer, 1, None),
+        # Some are boxed, with the names of their axes.
+        leaves = {name: getattr(leaf, "value", leaf) for name, leaf in module.items() if name in ("kernel", "bias")}
+        if "kernel" not in leaves:
+            continue
+        # A bias is stacked as its kernel is: its own rank does not tell, where a DenseGeneral has several features.
+        stacked = len(leaves["kernel"].shape) - len(record.rhs.shape)
+        for kind, name, quantizer, axes in (
+            ("weights", "kernel", rule.weight_quantizer, record.contracted[1]),
+            ("bias", "bias", rule.bias_quantizer, None),
         ):
-            leaf = module.get(name)
-            if quantizer is None or leaf is None:
-                continue
-            leaf = getattr(leaf, "value", leaf)  # boxed, with the names of its axes
-            found.append(Weight(path, kind, (*keys, name), leaf.shape, quantizer, axes, len(leaf.shape) - ndim, rule))
+            if quantizer is not None and name in leaves:
+                found.append(Weight(path, kind, (*keys, name), leaves[name].shape, quantizer, axes, stacked, rule))
     return tuple(found)
 
 
