@@ -12,8 +12,10 @@ from qtrain.config import base_config, finish
 
 def get_config(argument: str = ""):
     config = base_config("mnist_mlp")
-    config.model.features = (128,)
+    config.model.features = (256,)
     config.quant.update(weights="nested/column", bias="nested", acts="none", grads="none")
-    config.schedule.update(name="constant", bits=8)  # the steps that scales begin with
+    config.schedule.update(name="constant", bits=8)  # of the steps that the scales begin with
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.quant.learning_rate = 1e-4
+    config.losses.bin_count.rate = 1e-5  # draws in the outliers, which the width of the codes is for
     return finish(config, argument)
