@@ -13,6 +13,7 @@ from qtrain.additions import Bits
 from qtrain.cost import Ops
 from qtrain.inject import Plan, Weight
 from qtrain.inject.learned import Learned
+from qtrain.inject.trace import effective_bits
 from qtrain.precision import Precision
 from qtrain.quantizers import Quantizer
 
@@ -51,9 +52,11 @@ class Widths:
             return precision
         found = {}
         for path in self.plan.followers:
+            kernel = self._kernels.get(path)
             weights, acts = precision.weights, precision.acts
-            if path in self._kernels:
-                weights = self.weight(self._kernels[path], params, quant, precision)
+            if kernel is not None:
+                weights = self.weight(kernel, params, quant, precision)
+                acts = effective_bits(kernel.rule, precision).acts
             if path in self._acts:
                 acts = self._acts[path].width(None, acts, Learned(quant).at(path).get("acts"))
             found[path] = Precision(weights=weights, acts=acts, grads=precision.grads)

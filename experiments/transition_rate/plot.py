@@ -172,7 +172,7 @@ def draw_sweep(rows: Rows, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xlabel("λ, where R₀ = λ·√2 (share of codes per update)")
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower left")
+        axes.legend(loc="lower center")
     row_of_axes[0].set_ylabel("test accuracy at W2A2, %")
     figure.suptitle(f"{len(found[0])} seeds: mean, 95 % bootstrap interval, single runs as dots", fontsize=11)
     figure.savefig(path, dpi=110)

@@ -316,8 +316,13 @@ def effective_bits(rule: Rule, precision: Precision) -> Precision:
 
 
 def op_bits(path: str, rule: Rule) -> marker.OpBits:
-    """The marker of a layer under its rule."""
-    without_bias = dataclasses.replace(rule, bias_quantizer=None)
+    """The marker of a layer under its rule. A width that a quantizer chooses is no fixed one, whatever its limit."""
+    free = {
+        kind: None
+        for kind, quantizer in (("weights", rule.weight_quantizer), ("acts", rule.act_quantizer))
+        if quantizer is not None and quantizer.chooses_width
+    }
+    without_bias = dataclasses.replace(rule, bias_quantizer=None, **free)
     follow = effective_bits(without_bias, Precision("schedule", "schedule", "schedule"))
     return marker.OpBits(path, follow.weights, follow.acts, follow.grads, rule.residuals)
 
