@@ -219,7 +219,7 @@ def _shared_keys() -> dict[str, Any]:
             "target": 3.0,
             "start": placeholder(float),
             "schedule": "linear_down",
-            "rate": 0.01,
+            "rate": 0.003,
         },
         "losses": {name: {"rate": 0.0, "schedule": "constant"} for name in LOSSES},
         "train": {

@@ -39,14 +39,17 @@ class Widths:
         """Whether any quantizer chooses."""
         return bool(self.choosing or self._acts)
 
-    def weight(self, weight: Weight, params: Any, quant: Any, precision: Bits) -> Any:
-        """Bits that an element of a parameter takes, on average; None where it stays in float."""
+    def weight(self, weight: Weight, params: Any, quant: Any, precision: Bits, *, rounded: bool = True) -> Any:
+        """Bits that an element of a parameter takes, on average; None where it stays in float.
+
+        ``rounded=False``: a learned width before it is rounded, here and below.
+        """
         bits = weight.bits(precision)
         if bits is None or not weight.quantizer.chooses_width:
             return bits
-        return jnp.mean(weight.apply("width", params, quant, bits))
+        return jnp.mean(weight.apply("width", params, quant, bits, rounded=rounded))
 
-    def priced(self, params: Any, quant: Any, precision: Precision) -> Bits:
+    def priced(self, params: Any, quant: Any, precision: Precision, *, rounded: bool = True) -> Bits:
         """The bits to charge: `precision`, or where quantizers choose, a `Precision` for each layer; differentiable."""
         if not self.chosen:
             return precision
@@ -55,28 +58,30 @@ class Widths:
             kernel = self._kernels.get(path)
             weights, acts = precision.weights, precision.acts
             if kernel is not None:
-                weights = self.weight(kernel, params, quant, precision)
+                weights = self.weight(kernel, params, quant, precision, rounded=rounded)
                 acts = effective_bits(kernel.rule, precision).acts
             if path in self._acts:
-                acts = self._acts[path].width(None, acts, Learned(quant).at(path).get("acts"))
+                acts = self._acts[path].width(None, acts, Learned(quant).at(path).get("acts"), rounded=rounded)
             found[path] = Precision(weights=weights, acts=acts, grads=precision.grads)
         return found
 
-    def average_bits(self, params: Any, quant: Any, precision: Precision) -> Array:
+    def average_bits(self, params: Any, quant: Any, precision: Precision, *, rounded: bool = True) -> Array:
         """Bits of a quantized weight or bias, on average over them; float32, differentiable to what is learned."""
-        return self._stored_bits(params, quant, precision) / max(sum(weight.size for weight in self.weights), 1)
+        return self._stored_bits(params, quant, precision, rounded) / max(
+            sum(weight.size for weight in self.weights), 1
+        )
 
-    def bytes(self, params: Any, quant: Any, precision: Precision) -> Array:
+    def bytes(self, params: Any, quant: Any, precision: Precision, *, rounded: bool = True) -> Array:
         """Bytes of the quantized weights and biases, packed, and of their scales (4 each); float32, differentiable."""
-        return self._stored_bits(params, quant, precision) / 8 + 4.0 * sum(self.plan.weight_scales.values())
+        return self._stored_bits(params, quant, precision, rounded) / 8 + 4.0 * sum(self.plan.weight_scales.values())
 
-    def bitops(self, ops: Ops, params: Any, quant: Any, precision: Precision) -> Array:
+    def bitops(self, ops: Ops, params: Any, quant: Any, precision: Precision, *, rounded: bool = True) -> Array:
         """BitOps of a step; float32, differentiable."""
-        return jnp.asarray(cost.bitops(ops, self.priced(params, quant, precision)), jnp.float32)
+        return jnp.asarray(cost.bitops(ops, self.priced(params, quant, precision, rounded=rounded)), jnp.float32)
 
-    def _stored_bits(self, params: Any, quant: Any, precision: Precision) -> Array:
+    def _stored_bits(self, params: Any, quant: Any, precision: Precision, rounded: bool) -> Array:
         total = jnp.zeros(())
         for weight in self.weights:
-            bits = self.weight(weight, params, quant, precision)
+            bits = self.weight(weight, params, quant, precision, rounded=rounded)
             total += weight.size * jnp.asarray(32 if bits is None else bits, jnp.float32)
         return total

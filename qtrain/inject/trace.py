@@ -317,7 +317,7 @@ def effective_bits(rule: Rule, precision: Precision) -> Precision:
 
 def op_bits(path: str, rule: Rule) -> marker.OpBits:
     """The marker of a layer under its rule. A width that a quantizer chooses is no fixed one, whatever its limit."""
-    free = {
+    free: dict[str, Any] = {
         kind: None
         for kind, quantizer in (("weights", rule.weight_quantizer), ("acts", rule.act_quantizer))
         if quantizer is not None and quantizer.chooses_width

@@ -70,14 +70,14 @@ class Weight:
             precision = precision.get(self.path, Precision())
         return effective_bits(self.rule, precision).weights
 
-    def apply(self, method: str, params: Any, quant: Mapping[str, Any], bits: Any) -> Any:
+    def apply(self, method: str, params: Any, quant: Mapping[str, Any], bits: Any, **options: Any) -> Any:
         """``quantizer.method(value, bits, learned, axes=axes)`` of the parameter, a stack's layers each by itself.
 
-        `method`: "encode", "position", "scale" or "__call__".
+        `method`: "encode", "position", "scale", "width" or "__call__"; `options`: its further arguments.
         """
 
         def function(own: Any, x: Array) -> Any:
-            return getattr(self.quantizer, method)(x, bits, own, axes=self.axes)
+            return getattr(self.quantizer, method)(x, bits, own, axes=self.axes, **options)
 
         return self.over_stack(function, quant, self.value(params))
 

@@ -13,6 +13,7 @@ from qtrain import cost
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.losses.shares import SCHEDULES
 from qtrain.precision import Precision
+from qtrain.quantizers import straight_through
 from qtrain.widths import Widths
 
 Array = jax.Array
@@ -28,11 +29,13 @@ def budget_from_config(config: Mapping[str, Any], widths: Widths, q_max: Precisi
     For a cost C of the current widths (average bits of a weight, bytes of the weights with their scales, or BitOps of a
     step as a share of those at q_max) and a budget B(t)::
 
-        penalty  μ·(C/B − 1)            μ ← max(0, μ + rate·(C/B − 1)) after each step, from 0
+        penalty  μ·max(0, C/B − 1)      μ ← max(0, μ + rate·(C/B − 1)) after each step, from 0
 
-    dual ascent on min L s.t. C ≤ B: the multiplier grows while the budget is exceeded and the widths, through whose
-    straight-through rounding C is differentiated, give way. B(t) = target + (start − target)·(share of the schedule in
-    force at t/N); `start` None: the target throughout.
+    dual ascent on min L s.t. C ≤ B: the multiplier grows while the budget is exceeded and the widths give way; within
+    it they are left to the loss. C is the larger of the costs before and after rounding: of widths that move together,
+    many cross a half in one step, which after rounding alone would be seen too late. B(t) = target + (start − target)·(share
+    of the schedule in force at t/N); `start` None: the target throughout. A slow rate tells widths apart, a fast one
+    moves all alike, since Adam, which moves them, knows no magnitudes.
 
     Args:
       config: ``unit`` (one of `UNITS`), ``target``, ``start``, ``schedule`` ("linear_down", "cosine_down", …, of
@@ -62,24 +65,25 @@ def budget_from_config(config: Mapping[str, Any], widths: Widths, q_max: Precisi
         raise UsageError(f"budget.target={config['target']!r}: with unit='bitops' give a share of the cost at q_max")
     whole = float(cost.static(widths.plan.ops, q_max, 1))
 
-    def spent(params: Any, quant: Any, precision: Precision) -> Array:
+    def spent(params: Any, quant: Any, precision: Precision, *, rounded: bool) -> Array:
         if unit == "bits":
-            return widths.average_bits(params, quant, precision)
+            return widths.average_bits(params, quant, precision, rounded=rounded)
         if unit == "bytes":
-            return widths.bytes(params, quant, precision)
-        return widths.bitops(widths.plan.ops, params, quant, precision) / whole
+            return widths.bytes(params, quant, precision, rounded=rounded)
+        return widths.bitops(widths.plan.ops, params, quant, precision, rounded=rounded) / whole
 
     def penalty(
         step: Array, params: Any, quant: Any, precision: Precision, controller: Controller
     ) -> tuple[Array, Controller]:
         share = SCHEDULES[schedule](jnp.asarray(step, jnp.float32) / total_steps)
         allowed = config["target"] + (start - config["target"]) * share
-        used = spent(params, quant, precision)
-        excess = used / allowed - 1
+        used = spent(params, quant, precision, rounded=True)
+        smooth = spent(params, quant, precision, rounded=False)
+        excess = straight_through(smooth, jnp.maximum(smooth, used)) / allowed - 1
         multiplier = controller["multiplier"]
         after = jnp.maximum(multiplier + config["rate"] * jax.lax.stop_gradient(excess), 0.0)
         new = {"multiplier": after, "spent": jax.lax.stop_gradient(used), "target": jnp.asarray(allowed, jnp.float32)}
-        return multiplier * excess, new
+        return multiplier * jnp.maximum(excess, 0.0), new
 
     return penalty
 

@@ -72,7 +72,13 @@ class Quantizer(abc.ABC):
         return False
 
     def width(
-        self, x: Array | None, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
+        self,
+        x: Array | None,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        axes: Axes | None = None,
+        rounded: bool = True,
     ) -> Array:
         """The bits that an element takes, on average over the tensor: float32 scalar, where `chooses_width`.
 
@@ -81,6 +87,7 @@ class Quantizer(abc.ABC):
           bits: the step's, which a width that is learned does not exceed.
           params: what was learned.
           axes: the contracted axes, as for a call.
+          rounded: whole bits as they are in force; False: a width that is learned as it stands before it is rounded.
         """
         raise NotImplementedError(f"{type(self).__name__} takes the width it is given")
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from qtrain.errors import UsageError
-from qtrain.quantizers.base import FLOAT_BITS, Array, Axes, static_bits
+from qtrain.quantizers.base import FLOAT_BITS, Array, Axes, static_bits, straight_through
 from qtrain.quantizers.granularity import Layout, Per, check_per
 from qtrain.quantizers.learned import (
     Gradient,
@@ -138,9 +138,17 @@ class LearnedWidth(GridQuantizer):
         return {"scale": as_stored(usable(largest, values, view), view), "width": as_stored(width, view)}
 
     def width(
-        self, x: Array | None, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
+        self,
+        x: Array | None,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        axes: Axes | None = None,
+        rounded: bool = True,
     ) -> Array:
         """b̄, the mean over the elements, float32 scalar; its gradient to ``width`` is that of a mean of b.
+
+        With ``rounded=False`` the mean of b itself, between the same ends, and with the same gradient.
 
         The price of a width: bytes and BitOps are products with it. Beyond the ends as in the class. At 24 bits and
         above it is `bits`, without a gradient. `x` may be None.
@@ -152,7 +160,11 @@ class LearnedWidth(GridQuantizer):
             raise UsageError(f"{self.describe()}: it needs its parameter 'width'; pass params=, made by init(x, bits)")
         bits = jnp.asarray(bits)
         # As many elements share one width as another.
-        return jnp.mean(jnp.where(bits >= FLOAT_BITS, bits.astype(jnp.float32), self._width(params["width"], bits)))
+        width = self._width(params["width"], bits)
+        if not rounded:
+            own = lax.stop_gradient(jnp.asarray(params["width"], jnp.float32))
+            width = straight_through(width, jnp.clip(own, self.low, jnp.minimum(bits, self.high)))
+        return jnp.mean(jnp.where(bits >= FLOAT_BITS, bits.astype(jnp.float32), width))
 
     def _width(self, width: Array, bits: Any) -> Array:
         """b̄, float32, straight through to `width` as the class says."""

@@ -244,12 +244,18 @@ class Nested(Quantizer):
         return straight_through(step, _represented(lax.stop_gradient(step), x.dtype))
 
     def width(
-        self, x: Array | None, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
+        self,
+        x: Array | None,
+        bits: Any,
+        params: Mapping[str, Array] | None = None,
+        *,
+        axes: Axes | None = None,
+        rounded: bool = True,
     ) -> Array:
         """⌈log2(max P_q − min P_q + 1)⌉, the mean over the elements: what codes of fixed width take, float32 scalar.
 
-        0 where all have the same code. Without a gradient: the loss term `bin_count` is its differentiable bound. At 24
-        bits and above it is `bits`.
+        0 where all have the same code. Whole also with ``rounded=False``, since it is counted. Without a gradient: the
+        loss term `bin_count` is its differentiable bound. At 24 bits and above it is `bits`.
 
         Raises:
           UsageError: as a call; or without `x`.
