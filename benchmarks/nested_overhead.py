@@ -1,9 +1,9 @@
 """What nested quantization layers add to a train step: the MNIST perceptron and the CIFAR-10 CNN, against float32.
 
-Each arm is the step of ``qtrain train`` of a shipped config, and of the same config with its weights and biases in float,
-both compiled once and timed in turn in one process, in an order that alternates: the ratio of a round is that of two
-neighbouring measurements, which a busy machine disturbs alike. Prints the median ratio with its quartiles, and the ratio
-of the fastest steps. Data are generated images of the right shape.
+Each arm is the step of ``qtrain train`` of a shipped config, and of the same config with its weights and biases in
+float, both compiled once and timed in turn in one process, in an order that alternates: the ratio of a round is that of
+two neighbouring measurements, which a busy machine disturbs alike. Prints the median ratio with its quartiles, and the
+ratio of the fastest steps. Data are generated images of the right shape.
 
     python benchmarks/nested_overhead.py --rounds 30 --out benchmarks/nested_overhead.jsonl
 """

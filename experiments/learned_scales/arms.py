@@ -112,9 +112,9 @@ def with_terms(per: str, threshold: float, rate: float, seeds: tuple[int, ...], 
 def losses(seeds: tuple[int, ...]) -> Iterator[Arm]:
     """Scales that the loss trains, with each term at a few rates."""
     settings: list[dict[str, float]] = [{}]
-    settings += [{"inverse_scale": rate} for rate in (1e-5, 1e-4, 1e-3)]
-    settings += [{"bin_count": rate} for rate in (1e-4, 1e-3, 1e-2)]
-    settings += [{"bin_count": 1e-3, "deviation": rate} for rate in (1.0, 100.0)]
+    settings += [{"inverse_scale": rate} for rate in (1e-4, 1e-3)]
+    settings += [{"bin_count": rate} for rate in (1e-4, 1e-3)]
+    settings += [{"bin_count": 1e-3, "deviation": 10.0}]
     for terms in settings:
         facts = {"method": "loss", "network": "dense", "per": "tensor", "rate": 3e-4, "terms": terms}
         said = " ".join(f"{name}={value:g}" for name, value in terms.items()) or "no term"
@@ -130,7 +130,7 @@ def competitors(seeds: tuple[int, ...]) -> Iterator[Arm]:
             facts = {"method": method, "network": "dense", "bits": bits}
             overrides = (*plain, f"--config.quant.weights={words}", *width)
             yield Arm("competitors", f"{method} {bits}", facts, overrides, seeds=seeds)
-    for per in ("tensor", "channel"):
+    for per in ("channel",):
         for target in (2.0, 3.0, 4.0):
             facts = {"method": "learned_width", "network": "dense", "per": per, "target": target}
             overrides = (
@@ -188,7 +188,7 @@ def convolution(seeds: tuple[int, ...]) -> Iterator[Arm]:
                 overrides = (*CONV_BASE, *nested(per, threshold, rate, dense=dense))
                 name = f"{per} λ={threshold:g} rate={rate:g}"
                 yield Arm("conv", name, facts, overrides, config=CONV, threshold=threshold, seeds=seeds)
-    for count in (1e-4, 1e-3, 1e-2):
+    for count in (1e-3, 1e-2):
         facts = {
             "method": "ratio",
             "network": "conv",
@@ -220,14 +220,46 @@ def convolution(seeds: tuple[int, ...]) -> Iterator[Arm]:
         yield Arm("conv", f"learned_width {target:g}", facts, overrides, config=CONV, seeds=seeds)
 
 
+def initial(seeds: tuple[int, ...]) -> Iterator[Arm]:
+    """Scales that begin as coarse as they are to end, so that weights form on the grid that they are stored on."""
+    for bits in (3, 2):
+        for count in (0.0, 1e-3):
+            own = (f"--config.schedule.bits={bits}", f"--config.losses.bin_count.rate={count:g}")
+            said = {"network": "dense", "per": "tensor", "initial_bits": bits, "terms": {"bin_count": count}}
+            facts = {"method": "ratio", "threshold": 0.1, "rate": 3e-5, **said}
+            name = f"ratio from {bits} bits bin_count={count:g}"
+            overrides = (*DENSE_BASE, *nested("tensor", 0.1, 3e-5), *own)
+            yield Arm("initial", name, facts, overrides, threshold=0.1, seeds=seeds)
+            facts = {"method": "loss", "rate": 1e-4, **said}
+            name = f"loss from {bits} bits bin_count={count:g}"
+            yield Arm("initial", name, facts, (*DENSE_BASE, *by_loss("tensor", 1e-4), *own), seeds=seeds)
+
+
+def target(seeds: tuple[int, ...]) -> Iterator[Arm]:
+    """The shipped config in full, 10 epochs, and what is smaller; each file is written and measured."""
+    long = ("--config.losses.bin_count.rate=0.0", *FLOAT)
+    yield Arm("target", "float", {"method": "float", "network": "dense_long"}, long, seeds=seeds)
+    for per, count, rate in (("tensor", 1e-5, 1e-4), ("tensor", 1e-4, 1e-4), ("column", 1e-5, 1e-4)):
+        facts = {"method": "ratio", "network": "dense_long", "per": per, "threshold": 0.1, "rate": rate}
+        facts["terms"] = {"bin_count": count}
+        overrides = (
+            f"--config.quant.weights=nested/{per}",
+            f"--config.optimizer.quant.learning_rate={rate:g}",
+            f"--config.losses.bin_count.rate={count:g}",
+        )
+        yield Arm("target", f"{per} rate={rate:g} bin_count={count:g}", facts, overrides, seeds=seeds, export=True)
+
+
 GROUPS = {
+    "target": lambda: target(SEEDS),
     "float": reference,
+    "initial": lambda: initial(SCOUT),
     "range": applicable_range,
     "terms": lambda: (
         with_terms("tensor", 0.1, rate, SCOUT, bin_count=count) for rate in (1e-4, 3e-4) for count in (1e-5, 1e-4, 1e-3)
     ),
-    "losses": lambda: losses(SCOUT),
-    "competitors": lambda: competitors(SCOUT),
+    "losses": lambda: losses(SEEDS),
+    "competitors": lambda: competitors(SEEDS),
     "range_sgd": lambda: by_descent(SCOUT),
     "granularity": lambda: granularity(SCOUT),
     "conv": lambda: convolution(SEEDS),

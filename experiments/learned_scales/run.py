@@ -15,11 +15,12 @@ import argparse
 import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,12 @@ class Program:
         self.bits = jax.tree.map(np.float32, experiment.precision_at(0))
         self.initial = jax.jit(self._initial)
 
-    def __call__(self, config: Any, batches: list[Any], threshold: float | None) -> tuple[Any, float]:
+    def __call__(self, config: Any, batches: Iterable[Any], threshold: float | None) -> tuple[Any, float]:
         """The final state, and the training loss of the last tenth."""
         key = jax.random.key(config.seed)
-        first = {name: value[0] if self.per_dispatch > 1 else value for name, value in batches[0].items()}
+        batches = iter(batches)
+        stack = next(batches)
+        first = {name: value[0] if self.per_dispatch > 1 else value for name, value in stack.items()}
         state = self.initial(np.int32(config.seed), first, key)
         if threshold is not None:
             state = dataclasses.replace(
@@ -87,7 +90,7 @@ class Program:
                 ),
             )
         seen = []
-        for batch in batches:
+        for batch in itertools.chain((stack,), batches):
             state, out = self.step(state, sharding.shard_batch(batch, self.mesh, axis=int(self.per_dispatch > 1)), key)
             seen.append(out["loss"])
         found = np.concatenate([np.atleast_1d(np.asarray(each)) for each in seen])
@@ -113,20 +116,21 @@ class Program:
         return dataclasses.replace(state, opt_state=experiment.optimizer.init(trained))
 
 
-@functools.lru_cache(maxsize=6)
-def batches_of(path: str, seed: int, steps: int, together: int) -> list[Any]:
-    """The training batches of a seed, which every arm sees."""
+def stream(path: str, seed: int, steps: int, together: int) -> Iterator[Any]:
+    """The training batches of a seed, some stacked for each dispatch."""
     arm = next(arm for arm in study.reference() if arm.config == path)
     config = config_of(arm, seed)
     experiment = build(config)
-    stacked = []
     with data.train_iterator(experiment.dataset, config.data.batch_size, config.data.seed) as iterator:
         for _ in range(steps // together):
             rows = [next(iterator) for _ in range(together)]
-            stacked.append(
-                {name: np.stack([row[name] for row in rows]) for name in rows[0]} if together > 1 else rows[0]
-            )
-    return stacked
+            yield {name: np.stack([row[name] for row in rows]) for name in rows[0]} if together > 1 else rows[0]
+
+
+@functools.lru_cache(maxsize=3)
+def kept(*arguments: Any) -> list[Any]:
+    """The batches of a short run, which every arm sees."""
+    return list(stream(*arguments))
 
 
 def run(program: Program, arm: Arm, seed: int) -> dict[str, Any]:
@@ -134,7 +138,9 @@ def run(program: Program, arm: Arm, seed: int) -> dict[str, Any]:
     config = config_of(arm, seed)
     experiment = program.experiment
     start = time.perf_counter()
-    batches = batches_of(arm.config, seed, experiment.total_steps, program.per_dispatch)
+    batches = (kept if experiment.total_steps <= 1500 else stream)(
+        arm.config, seed, experiment.total_steps, program.per_dispatch
+    )
     state, loss = program(config, batches, arm.threshold)
     precision = experiment.precision_at(experiment.total_steps - 1)
     found = program.evaluator(state)
@@ -203,7 +209,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(study.GROUPS), choices=list(study.GROUPS))
     parser.add_argument("--out", type=Path, default=HERE / "results.jsonl")
+    parser.add_argument("--cache", help="folder for compiled programs, which several processes may share")
     arguments = parser.parse_args()
+    if arguments.cache:
+        jax.config.update("jax_compilation_cache_dir", arguments.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     done = {(row["group"], row["name"], row["seed"]): row["command"] for row in rows}
     programs: dict[Any, Program] = {}
@@ -216,7 +226,7 @@ def main() -> None:
                 continue
             same = arm.config, tuple(text.replace(f"'threshold': {arm.threshold!r}", "λ") for text in arm.overrides)
             if same not in programs:
-                programs.clear()  # one at a time: memory
+                programs.clear()  # one at a time
                 programs[same] = Program(config_of(arm, seed))
             row = run(programs[same], arm, seed)
             with arguments.out.open("a") as file:

@@ -33,9 +33,9 @@ def budget_from_config(config: Mapping[str, Any], widths: Widths, q_max: Precisi
 
     dual ascent on min L s.t. C ≤ B: the multiplier grows while the budget is exceeded and the widths give way; within
     it they are left to the loss. C is the larger of the costs before and after rounding: of widths that move together,
-    many cross a half in one step, which after rounding alone would be seen too late. B(t) = target + (start − target)·(share
-    of the schedule in force at t/N); `start` None: the target throughout. A slow rate tells widths apart, a fast one
-    moves all alike, since Adam, which moves them, knows no magnitudes.
+    many cross a half in one step, which after rounding alone would be seen too late. A slow rate tells widths apart, a
+    fast one moves all alike, since Adam, which moves them, knows no magnitudes. B(t) = target + (start − target)·(share
+    of the schedule in force at t/N); `start` None: the target throughout.
 
     Args:
       config: ``unit`` (one of `UNITS`), ``target``, ``start``, ``schedule`` ("linear_down", "cosine_down", …, of
