@@ -31,17 +31,21 @@ CASES = ("mnist_mlp", "cifar10_cnn")
 REPEATS = {"mnist_mlp": 10, "cifar10_cnn": 1}
 
 
-def config_of(case: str, nested: bool, batch_size: int | None) -> Any:
-    """The shipped config, on generated data; or its float counterpart."""
+ARMS = ("float32", "nested", "nested without loss term")
+
+
+def config_of(case: str, arm: str, batch_size: int | None) -> Any:
+    """The shipped config, on generated data; without its loss term; or its float counterpart."""
     # `smoke` generates the data; the model and the batch are then the config's own again.
     config = overrides.load(f"{ROOT / 'configs' / case}_nested.py:smoke")
     whole = overrides.load(f"{ROOT / 'configs' / case}_nested.py")
     with config.unlocked():
         config.model.update(whole.model)
         config.data.batch_size = whole.data.batch_size if batch_size is None else batch_size
-        if not nested:
+        if arm == "float32":
             config.quant.update(weights="none", bias="none", rules=())
             config.quant.ends = config.schedule.bits = 32
+        if arm != "nested":
             for term in config.losses:
                 config.losses[term].rate = 0.0
     return config
@@ -57,17 +61,14 @@ def prepared(config: Any) -> tuple[Any, Any, Any]:
         "label": jnp.asarray(rng.integers(0, 10, shape.shape[0])),
     }
     arguments = experiment.qmodel, experiment.optimizer
-    state = create(*arguments, 0, batch["image"], experiment.additions)
+    state = jax.jit(lambda: create(*arguments, 0, batch["image"], experiment.additions))()
     step = make_train_step(*arguments, experiment.precision, experiment.plan.ops, 50, experiment.additions)
     return jax.jit(step, donate_argnums=0), state, batch
 
 
 def measure(case: str, rounds: int, batch_size: int | None) -> list[dict[str, Any]]:
     """The rows of a case."""
-    arms = {
-        "float32": prepared(config_of(case, False, batch_size)),
-        "nested": prepared(config_of(case, True, batch_size)),
-    }
+    arms = {arm: prepared(config_of(case, arm, batch_size)) for arm in ARMS}
     key, times = jax.random.key(0), {arm: [] for arm in arms}
     for turn in range(rounds + 2):
         for arm in list(arms) if turn % 2 else list(arms)[::-1]:

@@ -29,7 +29,8 @@ STAND_INS = {
     "mnist": {"name": "synthetic", "image_shape": (28, 28, 1), "num_classes": 10},
     "cifar10": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 10},
     "cifar100": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 100},
-    "imagenette": {"name": "synthetic", "image_shape": (128, 128, 3), "num_classes": 10, "central_crop": 1.0},
+    "imagenette": {"name": "synthetic", "num_classes": 10, "central_crop": 1.0, "num_train": 256, "num_test": 8},
+    "tfds:imagenet2012": {"name": "synthetic", "central_crop": 1.0, "num_train": 256, "num_test": 8},
     "tiny_shakespeare": {"name": "synthetic_text"},
 }
 

@@ -100,7 +100,7 @@ def with_terms(per: str, threshold: float, rate: float, seeds: tuple[int, ...], 
     own = (f"--config.losses.{name}.rate={value:g}" for name, value in terms.items())
     overrides = (*DENSE_BASE, *nested(per, threshold, rate), *own)
     return Arm(
-        "dense",
+        "terms",
         f"{per} λ={threshold:g} rate={rate:g} {said}".strip(),
         facts,
         overrides,
@@ -130,16 +130,11 @@ def competitors(seeds: tuple[int, ...]) -> Iterator[Arm]:
             facts = {"method": method, "network": "dense", "bits": bits}
             overrides = (*plain, f"--config.quant.weights={words}", *width)
             yield Arm("competitors", f"{method} {bits}", facts, overrides, seeds=seeds)
-    for per in ("channel",):
-        for target in (2.0, 3.0, 4.0):
-            facts = {"method": "learned_width", "network": "dense", "per": per, "target": target}
-            overrides = (
-                *plain,
-                f"--config.quant.weights=learned_width/signed/{per}",
-                "--config.budget.unit=bits",
-                f"--config.budget.target={target:g}",
-            )
-            yield Arm("competitors", f"learned_width {per} {target:g}", facts, overrides, seeds=seeds)
+    for target in (2.0, 3.0, 4.0):
+        facts = {"method": "learned_width", "network": "dense", "per": "channel", "target": target}
+        budget = ("--config.budget.unit=bits", f"--config.budget.target={target:g}")
+        overrides = (*plain, "--config.quant.weights=learned_width/signed/channel", *budget)
+        yield Arm("competitors", f"learned_width channel {target:g}", facts, overrides, seeds=seeds)
 
 
 def by_descent(seeds: tuple[int, ...]) -> Iterator[Arm]:
@@ -158,30 +153,20 @@ def by_descent(seeds: tuple[int, ...]) -> Iterator[Arm]:
 
 def granularity(seeds: tuple[int, ...]) -> Iterator[Arm]:
     """What shares a scale, biases or not, and the L2 coefficient, without a loss term."""
-    for per in ("tensor", "row", "column"):
-        for rate in (1e-4, 3e-4):
-            for bias in (True, False):
-                facts = {
-                    "method": "ratio",
-                    "network": "dense",
-                    "per": per,
-                    "threshold": 0.1,
-                    "rate": rate,
-                    "bias": bias,
-                }
-                name = f"{per} rate={rate:g} {'with' if bias else 'without'} biases"
-                overrides = (*DENSE_BASE, *nested(per, 0.1, rate, bias=bias))
-                yield Arm("granularity", name, facts, overrides, threshold=0.1, seeds=seeds)
-    for decay in (1e-5, 1e-4):
-        facts = {"method": "ratio", "network": "dense", "per": "tensor", "threshold": 0.1, "rate": 3e-4, "decay": decay}
-        overrides = (*DENSE_BASE, *nested("tensor", 0.1, 3e-4), f"--config.optimizer.weight_decay={decay:g}")
-        yield Arm("granularity", f"tensor L2={decay:g}", facts, overrides, threshold=0.1, seeds=seeds)
+    for per, bias in (("tensor", True), ("tensor", False), ("row", True), ("column", True)):
+        facts = {"method": "ratio", "network": "dense", "per": per, "threshold": 0.1, "rate": 1e-4, "bias": bias}
+        overrides = (*DENSE_BASE, *nested(per, 0.1, 1e-4, bias=bias))
+        name = f"{per} {'with' if bias else 'without'} biases"
+        yield Arm("granularity", name, facts, overrides, threshold=0.1, seeds=seeds)
+    facts = {"method": "ratio", "network": "dense", "per": "tensor", "threshold": 0.1, "rate": 1e-4, "decay": 1e-4}
+    overrides = (*DENSE_BASE, *nested("tensor", 0.1, 1e-4), "--config.optimizer.weight_decay=0.0001")
+    yield Arm("granularity", "tensor with biases L2=1e-4", facts, overrides, threshold=0.1, seeds=seeds)
 
 
 def convolution(seeds: tuple[int, ...]) -> Iterator[Arm]:
     """The digits CNN: what shares a scale of a convolution's kernel, λ, and competitors."""
     for per in ("tensor", "spatial", "channel", "filter"):
-        for rate in (3e-4, 1e-3):
+        for rate in (3e-4, 1e-3) if per == "tensor" else (3e-4,):
             for threshold in (1e-5, 1e-3, 1e-1, 1.0):
                 facts = {"method": "ratio", "network": "conv", "per": per, "threshold": threshold, "rate": rate}
                 dense = "tensor" if per == "tensor" else "column"
@@ -203,21 +188,32 @@ def convolution(seeds: tuple[int, ...]) -> Iterator[Arm]:
             f"--config.losses.bin_count.rate={count:g}",
         )
         yield Arm("conv", f"tensor bin_count={count:g}", facts, overrides, config=CONV, threshold=0.1, seeds=seeds)
-    for bits in (2, 3, 4, 8):
+    for bits in (2, 3, 4):
         width = (f"--config.schedule.bits={bits}", f"--config.quant.ends={bits}")
-        for method, words in (("lsq", "lsq/signed/tensor"), ("uniform", "symmetric/channel")):
-            facts = {"method": method, "network": "conv", "bits": bits}
-            overrides = (*CONV_BASE, f"--config.quant.weights={words}", *width)
-            yield Arm("conv", f"{method} {bits}", facts, overrides, config=CONV, seeds=seeds)
-    for target in (2.0, 3.0, 4.0):
-        facts = {"method": "learned_width", "network": "conv", "per": "tensor", "target": target}
-        overrides = (
-            *CONV_BASE,
-            "--config.quant.weights=learned_width/signed/tensor",
-            "--config.budget.unit=bits",
-            f"--config.budget.target={target:g}",
+        overrides = (*CONV_BASE, "--config.quant.weights=lsq/signed/tensor", *width)
+        yield Arm(
+            "conv", f"lsq {bits}", {"method": "lsq", "network": "conv", "bits": bits}, overrides, CONV, None, seeds
         )
-        yield Arm("conv", f"learned_width {target:g}", facts, overrides, config=CONV, seeds=seeds)
+
+
+def over_training(seeds: tuple[int, ...]) -> Iterator[Arm]:
+    """λ that rises or falls over a run, against λ that stands (SGD, where λ counts); a budget that tightens slowly."""
+    sgd = ("--config.optimizer.name=sgd", "--config.optimizer.learning_rate=0.05")
+    kernel = {"kind": "nested", "per": "tensor", "threshold": 0.1, "reduce": "mean"}
+    rules = ({"weight_quantizer": kernel, "bias_quantizer": kernel, "act_quantizer": None},)
+    for schedule in ("constant", "linear_up", "linear_down"):
+        own = (f"--config.quant.rules={rules!r}", "--config.optimizer.quant.learning_rate=3e-05")
+        own += (f"--config.quant.threshold.schedule={schedule}",)
+        own += () if schedule == "constant" else ("--config.quant.threshold.final_factor=0.001",)
+        facts = {"method": "ratio", "network": "dense_sgd", "per": "tensor", "rate": 3e-5, "schedule": schedule}
+        yield Arm("schedules", f"λ=0.1 {schedule}", facts, (*DENSE_BASE, *sgd, *own), seeds=seeds)
+    plain = (*DENSE_BASE, "--config.quant.bias=none", "--config.quant.weights=learned_width/signed/channel")
+    for start in (None, 8.0):
+        budget = ("--config.budget.unit=bits", "--config.budget.target=2.5")
+        budget += () if start is None else (f"--config.budget.start={start:g}", "--config.budget.schedule=linear_down")
+        facts = {"method": "learned_width", "network": "dense", "per": "channel", "target": 2.5, "start": start}
+        name = "budget 2.5 bits " + ("throughout" if start is None else f"from {start:g}")
+        yield Arm("schedules", name, facts, (*plain, *budget), seeds=seeds)
 
 
 def initial(seeds: tuple[int, ...]) -> Iterator[Arm]:
@@ -230,29 +226,41 @@ def initial(seeds: tuple[int, ...]) -> Iterator[Arm]:
             name = f"ratio from {bits} bits bin_count={count:g}"
             overrides = (*DENSE_BASE, *nested("tensor", 0.1, 3e-5), *own)
             yield Arm("initial", name, facts, overrides, threshold=0.1, seeds=seeds)
-            facts = {"method": "loss", "rate": 1e-4, **said}
-            name = f"loss from {bits} bits bin_count={count:g}"
-            yield Arm("initial", name, facts, (*DENSE_BASE, *by_loss("tensor", 1e-4), *own), seeds=seeds)
 
 
 def target(seeds: tuple[int, ...]) -> Iterator[Arm]:
     """The shipped config in full, 10 epochs, and what is smaller; each file is written and measured."""
     long = ("--config.losses.bin_count.rate=0.0", *FLOAT)
     yield Arm("target", "float", {"method": "float", "network": "dense_long"}, long, seeds=seeds)
-    for per, count, rate in (("tensor", 1e-5, 1e-4), ("tensor", 1e-4, 1e-4), ("column", 1e-5, 1e-4)):
-        facts = {"method": "ratio", "network": "dense_long", "per": per, "threshold": 0.1, "rate": rate}
-        facts["terms"] = {"bin_count": count}
-        overrides = (
-            f"--config.quant.weights=nested/{per}",
-            f"--config.optimizer.quant.learning_rate={rate:g}",
-            f"--config.losses.bin_count.rate={count:g}",
-        )
-        yield Arm("target", f"{per} rate={rate:g} bin_count={count:g}", facts, overrides, seeds=seeds, export=True)
+    # As the next with a weaker term, which is too weak: two of three seeds keep outliers that cost a bit.
+    facts = {"method": "ratio", "network": "dense_long", "per": "tensor", "threshold": 0.1, "rate": 1e-4}
+    facts |= {"terms": {"bin_count": 1e-5}}
+    own = ("--config.quant.weights=nested/tensor", "--config.optimizer.quant.learning_rate=0.0001")
+    overrides = (*own, "--config.losses.bin_count.rate=1e-05")
+    yield Arm("target", "tensor rate=0.0001 bin_count=1e-05", facts, overrides, seeds=seeds, export=True)
+    width = ("--config.schedule.bits=2", "--config.quant.ends=2", "--config.losses.bin_count.rate=0.0")
+    lsq = ("--config.quant.weights=lsq/signed/tensor", "--config.quant.bias=none", *width)
+    yield Arm("target", "lsq 2", {"method": "lsq", "network": "dense_long", "bits": 2}, lsq, seeds=seeds, export=True)
+    facts = {"method": "ratio", "network": "dense_long", "per": "tensor", "threshold": 0.1, "rate": 1e-4}
+    facts |= {"terms": {"bin_count": 1e-4}}
+    overrides = (own[0], "--config.schedule.bits=8", own[1], "--config.losses.bin_count.rate=0.0001")
+    yield Arm("target", "tensor from 8 bits rate=0.0001 bin_count=0.0001", facts, overrides, seeds=seeds, export=True)
+    facts = {"method": "ratio", "network": "dense_long", "per": "column", "threshold": 0.1, "rate": 1e-4}
+    facts |= {"terms": {"bin_count": 1e-5}}
+    overrides = (
+        "--config.quant.weights=nested/column",
+        "--config.schedule.bits=8",
+        own[1],
+        "--config.losses.bin_count.rate=1e-05",
+    )
+    name = "column from 8 bits rate=0.0001 bin_count=1e-05"
+    yield Arm("target", name, facts, overrides, seeds=SCOUT, export=True)
 
 
 GROUPS = {
     "target": lambda: target(SEEDS),
     "float": reference,
+    "schedules": lambda: over_training(SEEDS),
     "initial": lambda: initial(SCOUT),
     "range": applicable_range,
     "terms": lambda: (
@@ -260,8 +268,8 @@ GROUPS = {
     ),
     "losses": lambda: losses(SEEDS),
     "competitors": lambda: competitors(SEEDS),
-    "range_sgd": lambda: by_descent(SCOUT),
-    "granularity": lambda: granularity(SCOUT),
+    "range_sgd": lambda: by_descent(SEEDS),
+    "granularity": lambda: granularity(SEEDS),
     "conv": lambda: convolution(SEEDS),
 }
 """Name → its arms."""

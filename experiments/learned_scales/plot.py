@@ -88,14 +88,11 @@ def pareto(rows: list[dict[str, Any]], path: Path) -> None:
         axes.step([x for x, _ in front], [y for _, y in front], where="pre", color="#444444", lw=0.9, zorder=0)
         axes.axhline(0.5, color="#bbbbbb", lw=0.8, ls="--")
         axes.axhline(1.0, color="#bbbbbb", lw=0.8, ls=":")
-        axes.set_yscale("symlog", linthresh=2)
-        axes.set_ylim(bottom=min(-1.2, axes.get_ylim()[0]))
-        ticks = [-1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 90]
-        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-        axes.set_ylim(top=min(90, axes.get_ylim()[1]))
         axes.invert_yaxis()
         axes.set_xlabel("times smaller than float32 (scales included)")
-        axes.set_ylabel("points of test accuracy below float (linear to 2)")
+        axes.set_ylabel("points of test accuracy below float")
+        low, high = axes.get_ylim()  # inverted: the legend goes below the points
+        axes.set_ylim(low + 0.45 * (low - high), high)
         axes.set_title(f"{title}; float {100 * np.mean(list(floats.values())):.2f} %", size=10)
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower left")
@@ -150,9 +147,6 @@ def applicable_range(rows: list[dict[str, Any]], path: Path) -> None:
             axes.errorbar(across, centre, yerr=ends, fmt="o-", color=colour, ms=4, lw=1.2, label=label)
     upper.set_xscale("log")
     upper.set_ylabel("times smaller")
-    lower.set_yscale("symlog", linthresh=2)
-    ticks = [0, 0.5, 1, 2, 5, 10, 20, 50, 90]
-    lower.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     lower.invert_yaxis()
     lower.set_ylabel("points below float")
     lower.set_xlabel("threshold λ")

@@ -15,6 +15,7 @@ from qtrain.quantizers import (
     PACT,
     TRS,
     DoReFa,
+    DoubleRounding,
     Float,
     LearnedWidth,
     Nested,
@@ -31,6 +32,7 @@ _KINDS: dict[str, tuple[type[Quantizer], tuple[str, ...]]] = {
     "trs": (TRS, ("signed", "per", "normalised")),
     "pact": (PACT, ("per",)),
     "dorefa": (DoReFa, ("kind", "per")),
+    "double_rounding": (DoubleRounding, ("per",)),
     "ewgs": (EWGS, ()),
     "nested": (Nested, ("per", "scale_gradient")),
     "learned_width": (LearnedWidth, ("signed", "per")),
@@ -49,6 +51,7 @@ def quantizer_from_config(spec: Any, key: str) -> Quantizer | None:
     ``trs/signed/tensor/normalised``  `TRS`, with or without the last word
     ``pact/tensor``                   `PACT`
     ``dorefa/acts``                   `DoReFa`: weights or acts, per
+    ``double_rounding/tensor``        `DoubleRounding`: per; ``high`` in a mapping
     ``ewgs/…``                        `EWGS` around what follows
     ``nested/row/loss``               `Nested`: per, scale_gradient
     ``learned_width/signed/channel``  `LearnedWidth`: signed or unsigned, per
