@@ -144,7 +144,8 @@ def make_train_step(
         extra = {"quant": trained["quant"], **additions.update_arguments(precision)}
         priced = additions.priced(trained["params"], trained["quant"], precision)
         updates, opt_state = transform.update(grads, state.opt_state, trained, **extra)
-        trained = optax.apply_updates(trained, updates)
+        # Not to what a schedule made of them: it starts from the values in the state, at every step.
+        stepped = optax.apply_updates({"params": state.params, "quant": state.quant}, updates)
         bits = bits_vector(precision)
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         previous = state.previous
@@ -165,7 +166,7 @@ def make_train_step(
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            **trained,
+            **stepped,
             collections=dict(updated),
             opt_state=opt_state,
             controller=controller,
