@@ -18,6 +18,7 @@ def averages(losses, changed, ratios):
         return TrainMetrics.single_from_model_output(
             loss=loss,
             accuracy=loss / 2,
+            penalty=loss / 4,
             grad_norm=loss * 2,
             update_norm=loss * 3,
             grad_norm_ratio=ratio,
@@ -37,6 +38,7 @@ def test_averages():
     assert found == {
         "loss": 3.0,
         "accuracy": 1.5,
+        "penalty": 0.75,
         "grad_norm": 6.0,
         "update_norm": 9.0,
         "grad_norm_ratio_on_change": 1.5,
