@@ -92,7 +92,17 @@ def assert_trained(before, after):
     assert not any(jax.tree.leaves(same)), "every parameter is trained"
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ONE_OF_EACH_MODEL)))
+# Each has a sibling of the same network and method.
+SLOW = ("cifar100_resnet20_trs", "imagenet_resnet18_trs")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        for name in sorted(set(NAMES) - set(ONE_OF_EACH_MODEL))
+    ],
+)
 def test_two_steps(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no_data"))  # the smoke form needs no prepared set
     steps = Steps(load(name, "smoke"))

@@ -76,7 +76,7 @@ def test_a_run_begins_with_the_float_parameters_and_quantizers_made_for_them(flo
 
 
 def test_ordinary_training_moves_scales_and_not_what_is_frozen():
-    config = small_config("digits_cnn", **LEARNED)
+    config = small_config("digits_mlp", **LEARNED)
     steps = Steps(config)
     before = steps.state
     with steps.batches() as batches:
@@ -90,7 +90,7 @@ def test_ordinary_training_moves_scales_and_not_what_is_frozen():
 
 def test_the_quantizers_have_a_learning_rate_and_a_decay_of_their_own():
     def after(**overrides):
-        steps = Steps(small_config("digits_cnn", optimizer__name="sgd", **LEARNED, **overrides))
+        steps = Steps(small_config("digits_mlp", optimizer__name="sgd", **LEARNED, **overrides))
         before = steps.state.quant
         with steps.batches() as batches:
             steps(next(batches))
@@ -179,7 +179,7 @@ def test_oscillations_are_tracked_and_weights_freeze(tmp_path):
 
 
 def test_the_penalty_against_numpy_and_its_gradient():
-    experiment = build(small_config("digits_cnn", **LEARNED))
+    experiment = build(small_config("digits_mlp", **LEARNED))
     state = Steps(experiment.config).state
     bits = Precision(weights=3, acts=3)
     total = 0.0
@@ -202,7 +202,7 @@ def test_the_penalty_against_numpy_and_its_gradient():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_rate_follows_its_schedule(schedule):
-    experiment = build(small_config("digits_cnn", **LEARNED))
+    experiment = build(small_config("digits_mlp", **LEARNED))
     state = Steps(experiment.config).state
     penalty = penalty_from_config({"dampening": {"rate": 0.5, "schedule": schedule}}, experiment.weights, 100)
     bits = Precision(weights=3, acts=3)
@@ -221,7 +221,7 @@ def test_a_rate_follows_its_schedule(schedule):
 def test_dampening_draws_weights_to_the_middle_of_their_bins(tmp_path):
     def distance(name, **overrides):
         config = small_config(
-            "digits_cnn",
+            "digits_mlp",
             schedule="constant",
             optimizer__oscillation__track=True,
             quant__weights="trs",
