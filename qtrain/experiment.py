@@ -192,6 +192,11 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def _additions(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Additions:
+    if config.optimizer.name in TRANSITION and config.losses.inverse_scale.rate:
+        raise UsageError(
+            f"losses.inverse_scale.rate={config.losses.inverse_scale.rate}: optimizer.name={config.optimizer.name!r} "
+            "freezes the scales of the weights, which this term is about; set it to 0, or use another optimizer"
+        )
     losses = penalty_from_config(config.losses.to_dict(), latent_weights(widths.weights, q_max), total_steps)
     budget = budget_from_config(config.budget.to_dict(), widths, q_max, total_steps)
 

@@ -249,6 +249,7 @@ def test_dampening_draws_weights_to_the_middle_of_their_bins(tmp_path):
         ({**TRANSITION, "optimizer__transition__target_scale": "sqrt_bit"}, r"Did you mean 'sqrt_bits'"),
         ({**TRANSITION, "optimizer__transition__schedule": "cosin"}, r"optimizer\.transition\.schedule='cosin'"),
         ({**LEARNED, "optimizer__quant__learning_rate": -1.0}, r"optimizer\.quant\.learning_rate=-1\.0"),
+        ({**TRANSITION, "losses__inverse_scale__rate": 1.0}, "freezes the scales of the weights"),
         ({"losses__dampening__rate": -1.0}, r"losses\.dampening\.rate=-1\.0"),
         ({"losses__dampening__schedule": "cosine_upp", "losses__dampening__rate": 1.0}, "Did you mean 'cosine_up'"),
         ({"losses__dampening__rate": 1.0, "quant__weights": None}, "no quantized weight to penalise"),
