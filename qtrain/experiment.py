@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -41,7 +42,7 @@ from qtrain.precision import Precision
 from qtrain.quantizers import RESIDUALS
 from qtrain.quantizers.native import WIDEST
 from qtrain.schedules import PrecisionSchedule
-from qtrain.state import NOTHING
+from qtrain.state import NOTHING, TrainState, create
 from qtrain.widths import Widths
 
 PAPERS: dict[str, Callable[[], tuple[Rule, ...]]] = {"cpt": cpt_rules, "trs": trs_rules}
@@ -60,6 +61,7 @@ class Experiment:
       eval_every, checkpoint_every: steps between them; 0 for only at the end.
       fixed: the one precision of a backend that cannot take traced bits, else None.
       weights: the quantized parameters.
+      learns: whether quantizers have parameters of their own.
       widths: of the tensors, some of which quantizers may choose.
       additions: what the method adds to the train step.
     """
@@ -76,13 +78,9 @@ class Experiment:
     checkpoint_every: int
     fixed: Precision | None
     weights: tuple[Weight, ...] = ()
+    learns: bool = False
     widths: Widths | None = None
     additions: Additions = NOTHING
-
-    @property
-    def learns(self) -> bool:
-        """Whether quantizers have parameters of their own."""
-        return any(quantizer.learns for quantizer in self.qmodel.quantizers(self.inputs(), train=True).values())
 
     @property
     def q_max(self) -> Precision:
@@ -103,6 +101,13 @@ class Experiment:
     def inputs(self) -> jax.ShapeDtypeStruct:
         """The shape of the model's input for one training batch."""
         return _inputs(self.dataset, self.config.data.batch_size)
+
+    def initial_state(self, seed: int | None = None) -> TrainState:
+        """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's."""
+        shape = self.inputs()
+        inputs = jnp.zeros(shape.shape, shape.dtype)
+        seed = self.config.seed if seed is None else seed
+        return create(self.qmodel, self.optimizer, seed, inputs, self.additions)
 
     def with_choices(self, choices: Mapping[str, Choice | Mapping[str, Any]]) -> Experiment:
         """The same with its layers carried out as an earlier start of the run chose; see `QuantizedModel.with_choices`.
@@ -186,6 +191,7 @@ def build(config: ConfigDict) -> Experiment:
         checkpoint_every=every("checkpoint"),
         fixed=fixed,
         weights=weights,
+        learns=any(quantizer.learns for quantizer in quantizers.values()),
         widths=widths,
         additions=_additions(config, widths, schedule.q_max, total_steps),
     )

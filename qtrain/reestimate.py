@@ -17,7 +17,7 @@ import numpy as np
 from qtrain.errors import UsageError
 from qtrain.inject import QuantizedModel
 from qtrain.inject.linen import Bits
-from qtrain.inject.trace import _never_replay
+from qtrain.inject.trace import never_replay
 from qtrain.state import Batch, inputs_and_labels
 
 Array = jax.Array
@@ -170,7 +170,7 @@ class _Norms:
         if module.scope is None:
             return call(*args, **kwargs)
         path = module.path
-        _never_replay(module)
+        never_replay(module)
         self.modules.setdefault(path, type(module))
         if not isinstance(module, nn.BatchNorm) or context.method_name != "__call__":
             return call(*args, **kwargs)

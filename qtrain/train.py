@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -28,7 +27,7 @@ from qtrain.layer_metrics import make_layer_metrics
 from qtrain.progress import Progress
 from qtrain.reestimate import check_reestimation
 from qtrain.size import size_summary
-from qtrain.state import TrainState, create, inputs_and_labels, make_train_step, several_steps
+from qtrain.state import TrainState, inputs_and_labels, make_train_step, several_steps
 from qtrain.writers import MetricsWriter
 
 PROFILED_STEPS = (10, 20)
@@ -66,12 +65,9 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
     experiment = build(config)
     if config.train.compilation_cache:
         _keep_compilations(config.train.compilation_cache)
-    check_reestimation(
-        experiment.qmodel,
-        jax.eval_shape(lambda: _initial(experiment)).variables,
-        experiment.inputs(),
-        config.eval.reestimate_batches,
-    )
+    if config.eval.reestimate_batches:
+        variables = jax.eval_shape(experiment.initial_state).variables
+        check_reestimation(experiment.qmodel, variables, experiment.inputs(), config.eval.reestimate_batches)
     loaded = _loaded(experiment, folder, mesh)
     with _sigterm() as stopped:  # from here on there is something to save or to resume
         status = workdir.prepare(folder, config.to_dict(), workdir.package_versions())
@@ -83,19 +79,12 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
         return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
 
 
-def _initial(experiment: Experiment) -> TrainState:
-    """The state at step 0; to be compiled, or evaluated for its shapes."""
-    shape = experiment.inputs()
-    inputs = jnp.zeros(shape.shape, shape.dtype)
-    return create(experiment.qmodel, experiment.optimizer, experiment.config.seed, inputs, experiment.additions)
-
-
 def _loaded(experiment: Experiment, folder: str, mesh: Any) -> dict[str, Any] | None:
     """What `init_from` names, before anything is written; None where the run goes on from a checkpoint of its own."""
     path = experiment.config.init_from
     if not path or manifest.folders(Path(folder) / "checkpoints"):
         return None
-    return load_float(path, jax.eval_shape(lambda: _initial(experiment)).variables, sharding=sharding.replicated(mesh))
+    return load_float(path, jax.eval_shape(experiment.initial_state).variables, sharding=sharding.replicated(mesh))
 
 
 def _as_started(experiment: Experiment, folder: str) -> Experiment:
@@ -214,20 +203,18 @@ class _Run:
         return summary
 
     def _initial_state(self, resume: bool, loaded: dict[str, Any] | None) -> TrainState:
-        def initial() -> TrainState:
-            return _initial(self.experiment)
-
         everywhere = sharding.replicated(self.mesh)
         if resume:
             abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), jax.eval_shape(initial)
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                jax.eval_shape(self.experiment.initial_state),
             )
             restored = self.checkpoints.restore_latest(abstract)
             if restored is not None:
                 data.check_fingerprint(restored.metadata["fingerprint"], self.fingerprint)
                 self.metadata = restored.metadata
                 return restored.state
-        return self._begun(jax.jit(initial, out_shardings=everywhere)(), loaded)
+        return self._begun(jax.jit(self.experiment.initial_state, out_shardings=everywhere)(), loaded)
 
     def _begun(self, state: TrainState, loaded: dict[str, Any] | None) -> TrainState:
         """`state` with the parameters to start from, and quantizers that begin with these and the first batch."""

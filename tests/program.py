@@ -8,13 +8,12 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from qtrain import data
 from qtrain.checkpoint import restore
 from qtrain.config import base_config, finish
 from qtrain.experiment import build
-from qtrain.state import create, make_train_step
+from qtrain.state import make_train_step
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -86,10 +85,8 @@ def rows(folder, kind=None):
 
 def initial_state(experiment, seed=0):
     """The train state at step 0."""
-    shape = experiment.inputs()
     # Compiled whole, as the program does: its operations one by one would be dozens of programs.
-    inputs = jnp.zeros(shape.shape, shape.dtype)
-    return jax.jit(lambda: create(experiment.qmodel, experiment.optimizer, seed, inputs, experiment.additions))()
+    return jax.jit(lambda: experiment.initial_state(seed))()
 
 
 def final_state(config, folder):

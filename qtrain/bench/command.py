@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from qtrain.arguments import Parser
 from qtrain.bench import ARMS, SUITES
 from qtrain.errors import UsageError, did_you_mean
 
-_FLAGS = ("--suite", "--out", "--rounds", "--arms", "--bits", "--quick", "--markdown", "--help")
 _EXAMPLE = "example: qtrain bench --suite matmul,block --out bench.json"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing and leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"qtrain bench: {message}; {_EXAMPLE}")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="qtrain bench",
         description="Measure whole train steps: float32, bfloat16, qtrain (fake and native execution), AQT and Qwix. "
         "The arms of a case are compiled first, then run in turn in one process; a ratio is an arm's time over that of "
         "the float32 steps just before and after it: its median and quartiles over the rounds are reported. An arm "
         "that cannot run is a row that says why.",
-        epilog=_EXAMPLE,
-        allow_abbrev=False,
+        example=_EXAMPLE,
     )
     parser.add_argument("--suite", default=",".join(SUITES), metavar="S,...", help="suites (default: %(default)s)")
     parser.add_argument("--out", metavar="FILE", help="also write the rows, one JSON array, to this file")
@@ -63,14 +54,9 @@ def run(argv: list[str]) -> int:
       UsageError: an unknown flag, suite or arm, a width or number out of range, a file that cannot be written, settings
         under which the baseline would not be float32. Before anything compiles.
     """
-    parser = _parser()
-    try:
-        flags, unknown = parser.parse_known_args(argv)
-    except SystemExit as stop:  # after --help
-        return int(stop.code or 0)
-    if unknown:
-        near = did_you_mean(unknown[0].split("=")[0], _FLAGS)
-        raise UsageError(f"qtrain bench: {unknown[0]}: no such flag; there are {', '.join(_FLAGS)}.{near}")
+    flags = _parser().flags(argv)
+    if flags is None:
+        return 0
     suites = _listed("suite", flags.suite, SUITES)
     arms = _listed("arms", flags.arms, ARMS)
     if flags.bits is not None and "matmul" not in suites:

@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import re
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from qtrain.errors import UsageError, did_you_mean
+from qtrain.arguments import Parser
+from qtrain.errors import UsageError
 
-_FLAGS = ("--workdir", "--out", "--bits", "--help")
 _EXAMPLE = "example: qtrain export --workdir runs/digits --out model.safetensors"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing and leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"qtrain export: {message}; {_EXAMPLE}")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="qtrain export",
         description="Store a run's model as packed integer codes and scales, in one safetensors file.",
-        epilog=_EXAMPLE,
-        allow_abbrev=False,
+        example=_EXAMPLE,
     )
     parser.add_argument("--workdir", required=True, metavar="RUN", help="the run's folder; its newest checkpoint")
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write, FILE.safetensors")
@@ -53,14 +44,9 @@ def run(argv: list[str]) -> int:
       UsageError: an unknown flag or a wrong value; no run, or none that has a checkpoint; a run that quantizes no
         weight, or leaves its arithmetic to another backend; a file that cannot be written.
     """
-    parser = _parser()
-    try:
-        flags, unknown = parser.parse_known_args(argv)
-    except SystemExit as stop:  # after --help
-        return int(stop.code or 0)
-    if unknown:
-        near = did_you_mean(unknown[0].split("=")[0], _FLAGS)
-        raise UsageError(f"qtrain export: {unknown[0]}: no such flag; there are {', '.join(_FLAGS)}.{near}")
+    flags = _parser().flags(argv)
+    if flags is None:
+        return 0
     print(export_run(flags.workdir, flags.out, _bits(flags.bits)))
     return 0
 
@@ -76,7 +62,6 @@ def export_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bit
     _check_out(out)
 
     import jax
-    import jax.numpy as jnp
     from ml_collections import ConfigDict
 
     from qtrain import workdir as workdirs
@@ -84,7 +69,6 @@ def export_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bit
     from qtrain.experiment import build
     from qtrain.export import save
     from qtrain.manifest import folders
-    from qtrain.state import create
 
     config = ConfigDict(workdirs.read_config(workdir))
     checkpoints = Path(workdir, "checkpoints")
@@ -93,10 +77,7 @@ def export_run(workdir: str | os.PathLike[str], out: str | os.PathLike[str], bit
     experiment = build(config)
     inputs = experiment.inputs()
 
-    def initial() -> Any:
-        return create(experiment.qmodel, experiment.optimizer, config.seed, jnp.zeros(inputs.shape, inputs.dtype))
-
-    abstract = jax.eval_shape(initial)
+    abstract = jax.eval_shape(experiment.initial_state)
     names = ("params", "quant", "collections")
     state = restore(checkpoints, {name: getattr(abstract, name) for name in names}, partial=True).state
     precision = experiment.precision_at(experiment.total_steps - 1)

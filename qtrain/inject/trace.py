@@ -105,7 +105,7 @@ class Trace:
         if scope is None:
             return call(*args, **kwargs)
         if not scope.has_flag(_FLAG):
-            _never_replay(module)
+            never_replay(module)
         if context.method_name in _PHANTOM:
             return call(*args, **kwargs)
         path = "/".join(module.path)
@@ -257,7 +257,7 @@ class _Injected:
         return None
 
 
-def _never_replay(module: nn.Module) -> None:
+def never_replay(module: nn.Module) -> None:
     """Makes ``nn.jit`` trace what lies below `module` for each call: submodules inherit the flags of its scope.
 
     Those that it was given as fields have their scopes already.

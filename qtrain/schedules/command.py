@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import NoReturn
-
-from qtrain.errors import UsageError, did_you_mean
+from qtrain.arguments import Parser
 from qtrain.schedules.picture import draw_suite, suite_table
 
-_FLAGS = ("--low", "--high", "--cycles", "--steps", "--grads", "--plot", "--help")
 _EXAMPLE = "example: qtrain schedules --low 3 --high 8 --plot s.png"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing and leaving the process."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"qtrain schedules: {message}; {_EXAMPLE}")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="qtrain schedules",
         description="Print the ten cyclic precision schedules with what each saves, and draw them.",
-        epilog=_EXAMPLE,
-        allow_abbrev=False,
+        example=_EXAMPLE,
     )
     parser.add_argument("--low", type=int, required=True, metavar="BITS", help="the lowest bits of a cycle")
     parser.add_argument("--high", type=int, required=True, metavar="BITS", help="the highest, and the static run's")
@@ -47,14 +35,9 @@ def run(argv: list[str]) -> int:
     Raises:
       UsageError: an unknown flag, a value of the wrong type or out of range, a picture that cannot be written.
     """
-    parser = _parser()
-    try:
-        flags, unknown = parser.parse_known_args(argv)
-    except SystemExit as stop:  # after --help
-        return int(stop.code or 0)
-    if unknown:
-        near = did_you_mean(unknown[0].split("=")[0], _FLAGS)
-        raise UsageError(f"qtrain schedules: {unknown[0]}: no such flag; there are {', '.join(_FLAGS)}.{near}")
+    flags = _parser().flags(argv)
+    if flags is None:
+        return 0
     table = suite_table(flags.low, flags.high, flags.cycles, flags.steps, flags.grads)
     if flags.plot is not None:
         # before the table is printed: a picture that cannot be written is an error, and an error stands alone
