@@ -25,7 +25,6 @@ FLOAT = (
     "--config.schedule.bits=32",
 )
 SEEDS = (0, 1, 2)
-SCOUT = (0,)
 RANGE = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
@@ -83,7 +82,7 @@ def reference() -> Iterator[Arm]:
     yield Arm("float", "conv", {"method": "float", "network": "conv"}, (*CONV_BASE, *FLOAT), config=CONV)
 
 
-def applicable_range(per: str = "tensor", seeds: tuple[int, ...] = SCOUT) -> Iterator[Arm]:
+def applicable_range(seeds: tuple[int, ...], per: str = "tensor") -> Iterator[Arm]:
     """λ over seven decades, at two learning rates of the scales."""
     for rate in (1e-4, 3e-4):
         for threshold in RANGE:
@@ -254,17 +253,17 @@ def target(seeds: tuple[int, ...]) -> Iterator[Arm]:
         "--config.losses.bin_count.rate=1e-05",
     )
     name = "column from 8 bits rate=0.0001 bin_count=1e-05"
-    yield Arm("target", name, facts, overrides, seeds=SCOUT, export=True)
+    yield Arm("target", name, facts, overrides, seeds=SEEDS, export=True)
 
 
 GROUPS = {
     "target": lambda: target(SEEDS),
     "float": reference,
     "schedules": lambda: over_training(SEEDS),
-    "initial": lambda: initial(SCOUT),
-    "range": applicable_range,
+    "initial": lambda: initial(SEEDS),
+    "range": lambda: applicable_range(SEEDS),
     "terms": lambda: (
-        with_terms("tensor", 0.1, rate, SCOUT, bin_count=count) for rate in (1e-4, 3e-4) for count in (1e-5, 1e-4, 1e-3)
+        with_terms("tensor", 0.1, rate, SEEDS, bin_count=count) for rate in (1e-4, 3e-4) for count in (1e-5, 1e-4, 1e-3)
     ),
     "losses": lambda: losses(SEEDS),
     "competitors": lambda: competitors(SEEDS),

@@ -70,20 +70,18 @@ def pareto(rows: list[dict[str, Any]], path: Path) -> None:
             colour, marker, label = STYLES[kind(arm[0])]
             mean, low, high = interval(lost(arm, floats))
             ratio = float(np.mean([row["compression_model"] for row in arm]))
-            whole = len(arm) >= 3
             axes.errorbar(
                 ratio,
                 mean,
-                yerr=[[mean - low], [high - mean]] if whole else None,
+                yerr=[[mean - low], [high - mean]],
                 fmt=marker,
                 color=colour,
-                mfc=colour if whole else "none",
                 ms=6,
                 lw=1,
                 alpha=0.9,
                 label=label,
             )
-            front += [(ratio, mean)] if whole else []
+            front.append((ratio, mean))
         front = _front(front)
         axes.step([x for x, _ in front], [y for _, y in front], where="pre", color="#444444", lw=0.9, zorder=0)
         axes.axhline(0.5, color="#bbbbbb", lw=0.8, ls="--")
@@ -97,7 +95,7 @@ def pareto(rows: list[dict[str, Any]], path: Path) -> None:
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower left")
     figure.suptitle(
-        "Filled: 3 seeds, 95 % bootstrap intervals. Hollow: one seed. Line: the front of the filled.", size=10
+        "Means of 3 seeds, 95 % bootstrap intervals. Line: the front.", size=10
     )
     figure.savefig(path, dpi=120)
 
