@@ -7,8 +7,25 @@ float32.
 from qtrain.models.build import MODELS, build
 from qtrain.models.cnn import CNN
 from qtrain.models.imagenet_resnet import ImageNetResNet
+from qtrain.models.lstm import LSTMLM, LSTMClassifier
 from qtrain.models.mlp import MLP
+from qtrain.models.mobilenet import MobileNetV2
+from qtrain.models.residual import Residual
 from qtrain.models.resnet import CifarResNet
 from qtrain.models.transformer import TransformerLM
+from qtrain.models.vit import ViT
 
-__all__ = ["CNN", "MLP", "MODELS", "CifarResNet", "ImageNetResNet", "TransformerLM", "build"]
+__all__ = [
+    "CNN",
+    "LSTMLM",
+    "MLP",
+    "MODELS",
+    "CifarResNet",
+    "ImageNetResNet",
+    "LSTMClassifier",
+    "MobileNetV2",
+    "Residual",
+    "TransformerLM",
+    "ViT",
+    "build",
+]

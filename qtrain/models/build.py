@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,98 +10,97 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qtrain.errors import UsageError, did_you_mean
+from qtrain.models import mobilenet, transformer, vit
 from qtrain.models.cnn import CNN
 from qtrain.models.imagenet_resnet import BLOCKS, ImageNetResNet
+from qtrain.models.lstm import LSTMLM, LSTMClassifier
 from qtrain.models.mlp import MLP
+from qtrain.models.mobilenet import MobileNetV2
 from qtrain.models.resnet import CifarResNet
 from qtrain.models.transformer import TransformerLM
+from qtrain.models.values import FACTOR, NATURAL, POSITIVE, RATE, SWITCH, WIDTHS, Value, choice, whole, wholes
+from qtrain.models.vit import ViT
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+_DEPTH = Value(
+    "6n + 2, such as 20, 32, 38, 44, 56, 74, 110 or 152", lambda v: v if whole(v, 8) and v % 6 == 2 else None
+)
 
-@dataclasses.dataclass(frozen=True)
-class _Value:
-    """What a config value may be, in words, and the value as the module takes it, ``None`` when it is illegal."""
-
-    allowed: str
-    convert: Callable[[Any], Any]
-
-
-def _whole(value: Any, least: int) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= least else None
-
-
-def _rate(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 else None
-
-
-def _factor(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
-
-
-def _widths(value: Any) -> tuple[int, ...] | None:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return None
-    return None if any(_whole(width, 1) is None for width in value) else tuple(value)
-
-
-def _choice(*allowed: Any) -> _Value:
-    # Of the same type: 50.0 is no depth, and True no number.
-    def convert(value: Any) -> Any:
-        return next((one for one in allowed if type(one) is type(value) and one == value), None)
-
-    return _Value("one of " + ", ".join(map(str, allowed)), convert)
-
-
-_POSITIVE = _Value("a whole number of at least 1", lambda value: _whole(value, 1))
-_RATE = _Value("a rate from 0 to below 1", _rate)
-_SWITCH = _Value("True or False", lambda value: value if isinstance(value, bool) else None)
-_WIDTHS = _Value("a list of whole numbers of at least 1", _widths)
-_FACTOR = _Value("a number above 0", _factor)
-_DEPTH = _Value("6n + 2, such as 20, 32, 44, 56 or 110", lambda v: v if _whole(v, 8) and v % 6 == 2 else None)
-
-MODELS: dict[str, tuple[type[nn.Module], dict[str, _Value]]] = {
-    "mlp": (MLP, {"features": _WIDTHS, "dropout": _RATE}),
+MODELS: dict[str, tuple[type[nn.Module], dict[str, Value]]] = {
+    "mlp": (MLP, {"features": WIDTHS, "dropout": RATE}),
     "cnn": (
         CNN,
         {
-            "features": _WIDTHS,
-            "hidden": _Value("a whole number of at least 0", lambda value: _whole(value, 0)),
-            "pool": _choice("average", "max"),
-            "batch_norm": _SWITCH,
-            "dropout": _RATE,
+            "features": WIDTHS,
+            "hidden": NATURAL,
+            "pool": choice("average", "max"),
+            "batch_norm": SWITCH,
+            "dropout": RATE,
         },
     ),
     "resnet": (
         CifarResNet,
         {
             "depth": _DEPTH,
-            "width": _FACTOR,
-            "shortcut": _choice("pad", "projection"),
+            "width": FACTOR,
+            "shortcut": choice("pad", "projection"),
         },
     ),
     "transformer": (
         TransformerLM,
         {
-            "max_length": _POSITIVE,
-            "num_layers": _POSITIVE,
-            "width": _POSITIVE,
-            "num_heads": _POSITIVE,
-            "mlp_ratio": _POSITIVE,
-            "dropout": _RATE,
-            "tied": _SWITCH,
-            "scan_layers": _SWITCH,
-            "remat": _SWITCH,
+            "max_length": POSITIVE,
+            "num_layers": POSITIVE,
+            "width": POSITIVE,
+            "num_heads": POSITIVE,
+            "mlp_ratio": POSITIVE,
+            "dropout": RATE,
+            "tied": SWITCH,
+            "scan_layers": SWITCH,
+            "remat": SWITCH,
+            "positions": choice(*transformer.POSITIONS),
+            "norm": choice(*transformer.NORMS),
+            "mlp": choice(*transformer.MLPS),
+            "use_bias": SWITCH,
         },
     ),
     "imagenet_resnet": (
         ImageNetResNet,
         {
-            "depth": _choice(*BLOCKS),
-            "width": _FACTOR,
-            "stem": _choice("7x7", "3x3"),
-            "zero_init_residual": _SWITCH,
+            "depth": choice(*BLOCKS),
+            "width": FACTOR,
+            "stem": choice("7x7", "3x3"),
+            "zero_init_residual": SWITCH,
         },
+    ),
+    "mobilenet": (
+        MobileNetV2,
+        {
+            "width": FACTOR,
+            "blocks": wholes(len(mobilenet.STAGES)),
+            "last_features": POSITIVE,
+            "reduction": choice(*mobilenet.REDUCTIONS),
+            "dropout": RATE,
+        },
+    ),
+    "vit": (
+        ViT,
+        {
+            "patch": POSITIVE,
+            "num_layers": POSITIVE,
+            "width": POSITIVE,
+            "num_heads": POSITIVE,
+            "mlp_ratio": POSITIVE,
+            "pool": choice(*vit.POOLS),
+            "dropout": RATE,
+            "drop_path": RATE,
+        },
+    ),
+    # On tokens; on images and other sequences `build` makes an `LSTMClassifier`.
+    "lstm": (
+        LSTMLM,
+        {"num_layers": POSITIVE, "width": POSITIVE, "dropout": RATE, "tied": SWITCH, "fused": SWITCH},
     ),
 }
 """Name → (module, the fields that a config may set)."""
@@ -115,7 +114,7 @@ def build(config_model: Mapping[str, Any], *, num_classes: int, input_shape: Seq
         module's own fields; what is not named keeps the module's default. A mapping or ``ConfigDict``.
       num_classes: of the labels; for a language model its vocabulary size.
       input_shape: of one example, without the batch: ``(height, width, channels)``, or ``(length,)`` for tokens, which
-        is also the default of ``max_length``.
+        is also the default of ``max_length``. An lstm also takes ``(length, features)``.
 
     Raises:
       UsageError: an unknown name or key, an illegal value, an input shape that does not suit the model.
@@ -143,16 +142,14 @@ def build(config_model: Mapping[str, Any], *, num_classes: int, input_shape: Seq
         if fields[key] is None:
             raise UsageError(f"model.{key}={value!r} is not allowed: {values[key].allowed}")
     shape = tuple(input_shape)
-    if name == "transformer":
-        return _transformer(fields, num_classes, shape)
+    if name in _SEQUENCES:
+        return _SEQUENCES[name](fields, num_classes, shape)
     if name != "mlp" and len(shape) != 3:
         raise UsageError(f"model.name={name!r} takes images (height, width, channels); the data has shape {shape}")
-    if name == "cnn" and min(shape[:2]) < 2 ** len(fields.get("features", CNN.features)):
-        raise UsageError(
-            f"model.features={list(fields.get('features', CNN.features))} is too long for {shape[0]}x{shape[1]} pixels,"
-            f" which each entry halves; allowed: at most {min(shape[:2]).bit_length() - 1} entries"
-        )
-    return module(num_classes=num_classes, **fields)
+    model = module(num_classes=num_classes, **fields)
+    if name in _CHECKS:
+        _CHECKS[name](model, shape)
+    return model
 
 
 def _transformer(fields: dict[str, Any], vocab_size: int, shape: tuple[int, ...]) -> nn.Module:
@@ -160,10 +157,73 @@ def _transformer(fields: dict[str, Any], vocab_size: int, shape: tuple[int, ...]
         raise UsageError(f"model.name='transformer' takes tokens (length,); the data has shape {shape}")
     fields = {"max_length": shape[0], **fields}
     model = TransformerLM(vocab_size=vocab_size, **fields)
-    if model.width % model.num_heads:
-        raise UsageError(f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}")
+    _check_heads(model)
+    if model.positions == "rotary" and model.width // model.num_heads % 2:
+        raise UsageError(
+            f"model.positions='rotary' takes heads of even width; model.width={model.width} over "
+            f"model.num_heads={model.num_heads} is {model.width // model.num_heads}"
+        )
     if model.max_length < shape[0]:
         raise UsageError(
             f"model.max_length={model.max_length} is less than the {shape[0]} tokens of an example; raise it"
         )
     return model
+
+
+def _lstm(fields: dict[str, Any], num_classes: int, shape: tuple[int, ...]) -> nn.Module:
+    if len(shape) == 1:
+        return LSTMLM(vocab_size=num_classes, **fields)
+    if len(shape) not in (2, 3):
+        raise UsageError(
+            "model.name='lstm' takes tokens (length,), sequences (length, features) or images (height, width, "
+            f"channels); the data has shape {shape}"
+        )
+    if "tied" in fields:
+        raise UsageError(
+            f"model.tied={fields['tied']} is for tokens, whose embedding the head would share; the data has shape "
+            f"{shape}: leave it out"
+        )
+    return LSTMClassifier(num_classes=num_classes, **fields)
+
+
+def _check_heads(model: Any) -> None:
+    if model.width % model.num_heads:
+        raise UsageError(f"model.width={model.width} is not a multiple of model.num_heads={model.num_heads}")
+
+
+def _check_cnn(model: Any, shape: tuple[int, ...]) -> None:
+    if min(shape[:2]) < 2 ** len(model.features):
+        raise UsageError(
+            f"model.features={list(model.features)} is too long for {shape[0]}x{shape[1]} pixels,"
+            f" which each entry halves; allowed: at most {min(shape[:2]).bit_length() - 1} entries"
+        )
+
+
+def _check_mobilenet(model: Any, shape: tuple[int, ...]) -> None:
+    if min(shape[:2]) < model.reduction:
+        allowed = ", ".join(str(one) for one in mobilenet.REDUCTIONS if one <= min(shape[:2])) or "none: enlarge them"
+        raise UsageError(
+            f"model.reduction={model.reduction} is more than the {shape[0]}x{shape[1]} pixels of the data have; "
+            f"allowed: {allowed}"
+        )
+
+
+def _check_vit(model: Any, shape: tuple[int, ...]) -> None:
+    _check_heads(model)
+    side = math.gcd(*shape[:2])
+    if side % model.patch:
+        allowed = ", ".join(str(patch) for patch in range(1, side + 1) if side % patch == 0)
+        raise UsageError(
+            f"model.patch={model.patch} does not divide images of {shape[0]}x{shape[1]} pixels; allowed: {allowed}"
+        )
+
+
+_SEQUENCES: dict[str, Callable[[dict[str, Any], int, tuple[int, ...]], nn.Module]] = {
+    "transformer": _transformer,
+    "lstm": _lstm,
+}
+_CHECKS: dict[str, Callable[[Any, tuple[int, ...]], None]] = {
+    "cnn": _check_cnn,
+    "mobilenet": _check_mobilenet,
+    "vit": _check_vit,
+}

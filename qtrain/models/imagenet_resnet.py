@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qtrain.errors import UsageError
+from qtrain.models.residual import Residual
 from qtrain.models.resnet import ResidualBlock, he_normal
 
 BLOCKS: dict[int, tuple[int, ...]] = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
@@ -21,7 +22,7 @@ _EXPANSION = 4  # a bottleneck's output channels over those of its 3×3 convolut
 class BottleneckBlock(nn.Module):
     """1×1, 3×3 and 1×1 convolutions with batch norm, ReLU between them and after the sum with the shortcut.
 
-    The output has ``4·features`` channels. The 3×3 convolution has the stride.
+    The sum is ``residual``. The output has ``4·features`` channels. The 3×3 convolution has the stride.
     """
 
     features: int
@@ -43,7 +44,7 @@ class BottleneckBlock(nn.Module):
         y = norm(scale_init=last)(conv(width, (1, 1))(y))
         if self.stride != 1 or x.shape[-1] != width:
             x = norm(name="shortcut_norm")(conv(width, (1, 1), strides=self.stride, name="shortcut")(x))
-        return nn.relu(x + y)
+        return nn.relu(Residual(name="residual")(x, y))
 
 
 class ImageNetResNet(nn.Module):

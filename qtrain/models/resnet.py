@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 
 from qtrain.errors import UsageError
+from qtrain.models.residual import Residual
 
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 """He initialization by fan-out (arXiv 1502.01852)."""
 
 
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with batch norm, ReLU between them and after the sum with the shortcut.
+    """Two 3×3 convolutions with batch norm, ReLU between them and after the sum with the shortcut, ``residual``.
 
     With `zero_init_residual` the last norm's scale begins at 0, so that the block begins as its shortcut.
     """
@@ -47,7 +48,7 @@ class ResidualBlock(nn.Module):
                 missing = self.features - x.shape[-1]
                 x = x[:, :: self.stride, :: self.stride]
                 x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (missing // 2, missing - missing // 2)))
-        return nn.relu(x + y)
+        return nn.relu(Residual(name="residual")(x, y))
 
 
 class CifarResNet(nn.Module):
@@ -59,7 +60,7 @@ class CifarResNet(nn.Module):
 
     Fields:
       num_classes: outputs of the head, the layer ``logits``.
-      depth: 6n + 2: 20, 32, 38, 44, 56, 74, 110, ...
+      depth: 6n + 2: 20, 32, 38, 44, 56, 74, 110, 152, ...
       width: multiplies the channels of every stage; the product is rounded to a whole number.
       shortcut: where a stage begins, ``"pad"`` (the paper's A, no parameters: every second pixel, new channels zero,
         half of them on either side) or ``"projection"`` (B: 1×1 convolution and batch norm).
