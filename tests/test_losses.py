@@ -131,6 +131,18 @@ def test_terms_against_numpy(case):
     assert program._cache_size() == 1
 
 
+def test_equal_extremes_share_the_gradient_of_bin_count():
+    """As the gradients of a maximum and a minimum do; a group of equal elements has none."""
+    weights, params, quant = begin(quantize(nn.Dense(3), [COLUMNS]), normal(4, 5))
+    kernel = jnp.array([[2.0, 7.0, 1.0], [-1.0, 7.0, 2.0], [2.0, 7.0, -3.0], [0.5, 7.0, -3.0], [2.0, 7.0, -3.0]])
+    scale = quant["weights"]["scale"] = jnp.array([[0.5, 2.0, 0.25]])
+    gradient = quickly(jax.grad(bin_count, argnums=1), static_argnums=0)(
+        weights, params | {"kernel": kernel}, quant, BITS
+    )
+    thirds = np.array([[1 / 3, 0, 0], [-1, 0, 1], [1 / 3, 0, -1 / 3], [0, 0, -1 / 3], [1 / 3, 0, -1 / 3]])
+    np.testing.assert_allclose(gradient["kernel"], thirds / scale, rtol=1e-6)
+
+
 def test_terms_see_other_quantizers_that_learn_a_scale():
     """LSQ rescaled to the step's bits, LearnedWidth at its own; frozen and dynamic scales have no part."""
     x = normal(4, 5)

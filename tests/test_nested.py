@@ -183,7 +183,27 @@ def test_zero_constant_and_extreme_tensors(mode):
     np.testing.assert_allclose(q.init(jnp.zeros((4, 6)), 4)["scale"], 1 / 8)
     np.testing.assert_allclose(q.init(jnp.zeros((4, 6)), 32)["scale"], 1 / 128)
     assert q(jnp.full((2, 2), jnp.nan), 4, begun_params(q, (2, 2))).shape == (2, 2)
+    codes, step = q.encode(jnp.array([[1.0, jnp.nan], [1.0, 0.5]]), 4, begun_params(q, (2, 2)))
+    np.testing.assert_array_equal(q.decode(codes, step), [[np.nan, np.nan], [1.0, 0.5]])  # codes hold no NaN, steps do
     assert np.all(np.isnan(q(jnp.full((2, 2), jnp.nan), 4, begun_params(q, (2, 2)))))
+
+
+def test_the_ratio_below_and_above_where_tanh_is_a_polynomial():
+    """λ is data, and on a CPU a branch goes by it: what either says is tanh, of one tensor and of a stack of them."""
+    x, g, q = jnp.abs(MATRIX) + 0.1, 0.1 * MATRIX[::-1], Nested("column")
+    scale = jnp.full((1, 8), 1e-3)
+
+    def gradient(threshold):
+        return jax.vjp(lambda s: q(x, 8, {"scale": s, "threshold": threshold}), scale)[1](g)[0]
+
+    thresholds = jnp.array([0.01, 0.1, 0.4999, 0.5, 0.5001, 2.0, 50.0])
+    stacked, single = quickly(jax.vmap(gradient))(thresholds), quickly(gradient)
+    options = {"epsilon": 1e-8, "reduce": "sum", "scale_gradient": "ratio"}
+    for found, threshold in zip(stacked, thresholds, strict=True):
+        want = reference.nested(x, g, np.ravel(scale), "column", threshold=float(threshold), **options)[2]
+        assert np.any(want < 0)
+        np.testing.assert_allclose(np.ravel(found), want, rtol=1e-6)
+        np.testing.assert_allclose(np.ravel(single(threshold)), want, rtol=1e-6)
 
 
 def begun_params(q, shape):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,10 @@ REDUCTIONS = ("sum", "mean")
 
 _FINEST = 2.0**-23  # of the largest magnitude: float32 has no finer step there, and codes stay exact in it
 _WITHOUT_WIDTH = 8  # as for every quantizer's init: at 24 bits and above nothing is rounded
+_SMALL = 0.5  # where a short polynomial is tanh
+_SERIES = (1.0, -0.33333138, 0.13325712, -0.05303465, 0.01721986)  # tanh(x)/x in powers of x²
+
+_Ends = tuple[Array, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +163,7 @@ class Nested(Quantizer):
         view = self.layout(x.shape)
         bits = jnp.asarray(bits if concrete is None else concrete)
         bits = jnp.where(bits >= FLOAT_BITS, _WITHOUT_WIDTH, bits)
-        largest = _largest(lax.stop_gradient(x).astype(jnp.float32), view)
+        largest = reduce_range(lax.stop_gradient(x).astype(jnp.float32), "absmax", view.axes)
         overall = jnp.max(largest, initial=0.0)
         largest = jnp.where(largest >= SMALLEST, largest, jnp.where(overall >= SMALLEST, overall, 1.0))
         params = {"scale": as_stored(largest * exact_power(1 - bits), view)}
@@ -183,9 +187,10 @@ class Nested(Quantizer):
         concrete = static_bits(bits)
         if concrete is not None and concrete >= FLOAT_BITS:
             return x
-        values, step, view = self._prepared(x, params)
+        values, step, view, ends = self._prepared(x, params)
         codes, scale = _codes(values, step, x.dtype)
-        quantized = _values(codes, scale).astype(x.dtype)
+        # Integers know no −0. The form matters: XLA computes what has two operands of full size once for all that ask.
+        quantized = jnp.where(codes == 0, 0.0, codes * scale).astype(x.dtype)
         rounds = jnp.asarray(True) if concrete is not None else jnp.asarray(bits) < FLOAT_BITS
         if concrete is None:
             quantized = jnp.where(rounds, quantized, lax.stop_gradient(x))
@@ -196,7 +201,7 @@ class Nested(Quantizer):
         if "threshold" not in params:
             raise UsageError(f"{self.describe()}: it needs its parameter 'threshold'; pass params=, made by init(x)")
         threshold = lax.stop_gradient(jnp.asarray(params["threshold"], jnp.float32)).reshape(())
-        m = jnp.max(jnp.abs(codes), axis=view.axes, keepdims=True, initial=0.0)
+        m = jnp.maximum(*(jnp.abs(_codes(end, step, x.dtype)[0]) for end in ends))
         factor = m if self.reduce == "sum" else m / elements_per_scale(view)
         return _by_ratio((view.axes, float(self.epsilon)), x, step, quantized, factor, threshold, rounds)
 
@@ -217,19 +222,21 @@ class Nested(Quantizer):
         concrete = static_bits(bits)
         if concrete is not None and concrete >= FLOAT_BITS:
             raise UsageError(f"bits: {bits!r} leaves a tensor in float and has no integer codes; give at most 23")
-        values, step, _ = self._prepared(x, params)
+        values, step, view, _ = self._prepared(x, params)
         codes, scale = _codes(values, step, x.dtype)
-        return codes.astype(jnp.int32), scale.astype(x.dtype)
+        # Codes cannot hold a NaN, and what has diverged would become 0: their step does.
+        diverged = jnp.any(jnp.isnan(values), axis=view.axes, keepdims=True)
+        return codes.astype(jnp.int32), jnp.where(diverged, jnp.nan, scale).astype(x.dtype)
 
     def decode(self, codes: Array, scale: Array, *, axes: Axes | None = None) -> Array:
         """The values that `codes` stand for, in the dtype of `scale`; equals the call on what was encoded, exactly."""
-        return _values(codes.astype(jnp.float32), scale.astype(jnp.float32)).astype(scale.dtype)
+        return (codes.astype(jnp.float32) * scale.astype(jnp.float32)).astype(scale.dtype)
 
     def position(
         self, x: Array, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
     ) -> Array:
         """P/s − ½, float32: half-integers are where the code changes, and rounding to the nearest gives it."""
-        values, step, _ = self._prepared(x, params)
+        values, step, _, _ = self._prepared(x, params)
         return values / _represented(lax.stop_gradient(step), x.dtype) - 0.5
 
     def transitions(self, bits: Any, params: Mapping[str, Array] | None = None) -> tuple[Array, Array]:
@@ -240,7 +247,7 @@ class Nested(Quantizer):
         self, x: Array, bits: Any, params: Mapping[str, Array] | None = None, *, axes: Axes | None = None
     ) -> Array:
         """The step in force, float32, axes kept; differentiable to the parameter ``scale``, not to `x`."""
-        _, step, _ = self._prepared(x, params)
+        _, step, _, _ = self._prepared(x, params)
         return straight_through(step, _represented(lax.stop_gradient(step), x.dtype))
 
     def width(
@@ -262,26 +269,32 @@ class Nested(Quantizer):
         """
         if x is None:
             raise UsageError(f"{self.describe()}: its width depends on the tensor; give x")
-        values, step, view = self._prepared(lax.stop_gradient(x), params)
-        codes = _codes(values, step, x.dtype)[0].astype(jnp.int32)
-        highest = jnp.max(codes, axis=view.axes, initial=jnp.iinfo(jnp.int32).min)
-        lowest = jnp.min(codes, axis=view.axes, initial=jnp.iinfo(jnp.int32).max)
+        _, step, _, ends = self._prepared(lax.stop_gradient(x), params)
+        lowest, highest = (_codes(end, step, x.dtype)[0].astype(jnp.int32) for end in ends)
         spanned = (highest - lowest) if x.size else jnp.zeros((1,), jnp.int32)
         each = (32 - lax.clz(spanned)).astype(jnp.float32)  # of n = spanned + 1 levels ⌈log2 n⌉, exactly
         bits = jnp.asarray(bits, jnp.float32)
         return jnp.mean(jnp.where(bits >= FLOAT_BITS, bits, jnp.mean(each)))
 
-    def _prepared(self, x: Array, params: Mapping[str, Array] | None) -> tuple[Array, Array, Layout]:
-        """x in float32 without a gradient, the step (positive; differentiable to the parameter), the layout."""
+    def _prepared(self, x: Array, params: Mapping[str, Array] | None) -> tuple[Array, Array, Layout, _Ends]:
+        """x in float32 without a gradient, the step (positive; differentiable to the parameter), layout and ends."""
         view = self.layout(x.shape)
         values = lax.stop_gradient(x).astype(jnp.float32)
         scale = stored(self, params, "scale", view)
-        least = jnp.maximum(_largest(values, view) * _FINEST, SMALLEST)
-        return values, straight_through(scale, jnp.maximum(lax.stop_gradient(scale), least)), view
+        ends = extremes(values, view.axes)
+        least = jnp.maximum(jnp.maximum(*map(jnp.abs, ends)) * _FINEST, SMALLEST)
+        return values, straight_through(scale, jnp.maximum(lax.stop_gradient(scale), least)), view, ends
 
 
-def _largest(values: Array, view: Layout) -> Array:
-    return reduce_range(values, "absmax", view.axes)
+def extremes(values: Array, axes: tuple[int, ...]) -> _Ends:
+    """The least and the largest of the elements over `axes`, which are kept; 0 of an empty tensor.
+
+    P_q is monotone in P, so that the ends of the codes are the codes of the ends. A compiler has these operations once
+    in a program, whoever asks: a call, `Nested.width`, a loss term. On a CPU they pass over NaN.
+    """
+    initial = None if values.size else 0.0
+    lowest = jnp.min(values, axis=axes, keepdims=True, initial=initial)
+    return lowest, jnp.max(values, axis=axes, keepdims=True, initial=initial)
 
 
 def _represented(value: Array, dtype: Any) -> Array:
@@ -292,18 +305,14 @@ def _represented(value: Array, dtype: Any) -> Array:
     return lax.reduce_precision(value, kind.nexp, kind.nmant)
 
 
-def _values(codes: Array, scale: Array) -> Array:
-    return codes * scale
-
-
 def _codes(values: Array, step: Array, dtype: Any) -> tuple[Array, Array]:
     """The largest integers whose levels do not exceed `values`, as float32; and the step in `dtype`, as float32."""
     scale = _represented(lax.stop_gradient(step), dtype)
     codes = jnp.floor(values / scale)
     # The quotient is rounded, on some devices more than once, and a level may lie on either side of the integer.
-    codes = jnp.where(_represented(_values(codes + 1.0, scale), dtype) <= values, codes + 1.0, codes)
-    codes = jnp.where(_represented(_values(codes, scale), dtype) > values, codes - 1.0, codes)
-    return jnp.where(codes == 0, 0.0, codes), scale  # integers know no −0
+    codes = jnp.where(_represented((codes + 1.0) * scale, dtype) <= values, codes + 1.0, codes)
+    codes = jnp.where(_represented(codes * scale, dtype) > values, codes - 1.0, codes)
+    return codes, scale
 
 
 def _steps_away(codes: Array, values: Array, scale: Array) -> Array:
@@ -333,10 +342,26 @@ def _by_ratio_forward(static: Any, x: Array, step: Array, quantized: Array, *res
 
 def _by_ratio_backward(static: tuple[tuple[int, ...], float], saved: Any, g: Array) -> tuple[Array | None, ...]:
     (axes, epsilon), (quantized, factor, threshold, rounds) = static, saved
-    size = jnp.maximum(jnp.abs(quantized.astype(jnp.float32)), epsilon)
-    short = threshold - jnp.abs(g.astype(jnp.float32)) / size
-    pressed = jnp.where((short > 0) & rounds, -jnp.tanh(short), 0.0)
-    return g, jnp.sum(pressed, axis=axes, keepdims=True) * factor, None, None, None, None
+
+    def pressed(tanh: Callable[[Array], Array]) -> Array:
+        size = jnp.maximum(jnp.abs(quantized.astype(jnp.float32)), epsilon)
+        short = threshold - jnp.abs(g.astype(jnp.float32)) / size
+        return jnp.sum(jnp.where((short > 0) & rounds, -tanh(short), 0.0), axis=axes, keepdims=True)
+
+    if jax.default_backend() == "cpu":
+        # There tanh takes as long as all the rest of this; elsewhere a branch would cost more.
+        total = lax.cond(threshold <= _SMALL, lambda: pressed(_tanh_of_small), lambda: pressed(jnp.tanh))
+    else:
+        total = pressed(jnp.tanh)
+    return g, total * factor, None, None, None, None
 
 
 _by_ratio.defvjp(_by_ratio_forward, _by_ratio_backward)
+
+
+def _tanh_of_small(x: Array) -> Array:
+    """tanh x for |x| up to `_SMALL`, within 2e-7 of it: x times a polynomial in x², fitted to tanh(x)/x there."""
+    square, series = x * x, jnp.zeros(())
+    for coefficient in reversed(_SERIES):
+        series = series * square + coefficient
+    return x * series
