@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qtrain.data import digits, images, synthetic, text
+from qtrain.data import digits, images, sequences, synthetic, text
 from qtrain.data.augment import channel_statistics
 from qtrain.data.config import DataConfig, parse_config
 from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_batch_size
@@ -19,8 +20,13 @@ _IMAGE_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
     "imagenette": ((128, 128, 3), 10),
+    "sequential_digits": ((64, 1, 1), 10),
+    "sequential_mnist": ((784, 1, 1), 10),
+    "sequential_cifar10": ((1024, 1, 3), 10),
+    "cylinder_bell_funnel": ((128, 1, 1), 3),
 }
 _TFDS_NAMES = {"imagenette": "imagenette/160px-v2"}  # where TFDS has it under another
+_SEQUENCES = ("sequential_digits", "sequential_mnist", "sequential_cifar10", "cylinder_bell_funnel")
 _NEVER_RESIZED = ("digits", "synthetic")
 _SYNTHETIC_SHAPE = (32, 32, 3)
 _SMOKE_EXAMPLES = 512
@@ -59,6 +65,13 @@ def _check(config: DataConfig) -> None:
         raise UsageError(f"data.path is {config.path!r}, but only data.name='text' reads a file, not {config.name!r}")
     if config.augment and _is_text(config.name):
         raise UsageError(f"data.augment is {config.augment}, but {config.name!r} is text; only images are augmented")
+    if config.name in _SEQUENCES:
+        for key, unset in (("augment", ()), ("image_shape", ()), ("central_crop", 1.0)):
+            if getattr(config, key) != unset:
+                raise UsageError(
+                    f"data.{key} is {getattr(config, key)}, but {config.name!r} has sequences, no images; leave it at "
+                    f"{unset}"
+                )
     if config.name == "digits" and config.image_shape not in ((), digits.SHAPE):
         raise UsageError(f"data.image_shape is {config.image_shape}, but 'digits' are not resized; leave it at ()")
     stored = _IMAGE_SHAPES.get(config.name)
@@ -144,6 +157,15 @@ def _load_tfds(config: DataConfig) -> Dataset:
     )
 
 
+def _load_sequential(config: DataConfig) -> Dataset:
+    name = config.name.removeprefix(sequences.PREFIX)
+    return sequences.sequential(DATASETS[name](dataclasses.replace(config, name=name)))
+
+
+def _load_cylinder_bell_funnel(config: DataConfig) -> Dataset:
+    return sequences.load_cylinder_bell_funnel(config.num_train, config.num_test, config.workers, config.prefetch)
+
+
 def _load_tiny_shakespeare(config: DataConfig) -> Dataset:
     return _text_dataset(config, config.name, text.load_prepared(config.name, config.dir, config.length))
 
@@ -197,6 +219,10 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "imagenette": _load_tfds,
     "tiny_shakespeare": _load_tiny_shakespeare,
     "text": _load_text,
+    "sequential_digits": _load_sequential,
+    "sequential_mnist": _load_sequential,
+    "sequential_cifar10": _load_sequential,
+    "cylinder_bell_funnel": _load_cylinder_bell_funnel,
     "synthetic": _load_synthetic,
     "synthetic_text": _load_synthetic_text,
 }

@@ -12,6 +12,7 @@ from qtrain.models.mlp import MLP
 from qtrain.models.mobilenet import MobileNetV2
 from qtrain.models.residual import Residual
 from qtrain.models.resnet import CifarResNet
+from qtrain.models.s5 import S5LM, S5Classifier
 from qtrain.models.transformer import TransformerLM
 from qtrain.models.vit import ViT
 
@@ -20,11 +21,13 @@ __all__ = [
     "LSTMLM",
     "MLP",
     "MODELS",
+    "S5LM",
     "CifarResNet",
     "ImageNetResNet",
     "LSTMClassifier",
     "MobileNetV2",
     "Residual",
+    "S5Classifier",
     "TransformerLM",
     "ViT",
     "build",

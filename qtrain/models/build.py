@@ -10,13 +10,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.models import mobilenet, transformer, vit
+from qtrain.models import mobilenet, s5, s5_ssm, transformer, vit
 from qtrain.models.cnn import CNN
 from qtrain.models.imagenet_resnet import BLOCKS, ImageNetResNet
 from qtrain.models.lstm import LSTMLM, LSTMClassifier
 from qtrain.models.mlp import MLP
 from qtrain.models.mobilenet import MobileNetV2
 from qtrain.models.resnet import CifarResNet
+from qtrain.models.s5 import S5LM, S5Classifier
+from qtrain.models.s5_dynamics import initial_eigenvalues
 from qtrain.models.transformer import TransformerLM
 from qtrain.models.values import FACTOR, NATURAL, POSITIVE, RATE, SWITCH, WIDTHS, Value, choice, whole, wholes
 from qtrain.models.vit import ViT
@@ -101,6 +103,25 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Value]]] = {
     "lstm": (
         LSTMLM,
         {"num_layers": POSITIVE, "width": POSITIVE, "dropout": RATE, "tied": SWITCH, "fused": SWITCH},
+    ),
+    "s5": (
+        S5Classifier,
+        {
+            "num_layers": POSITIVE,
+            "width": POSITIVE,
+            "state_size": POSITIVE,
+            "blocks": POSITIVE,
+            "discretisation": choice(*s5_ssm.DISCRETISATIONS),
+            "parametrisation": choice(*s5_ssm.PARAMETRISATIONS),
+            "conjugate_symmetry": SWITCH,
+            "bidirectional": SWITCH,
+            "recurrence": choice(*s5_ssm.RECURRENCES),
+            "least_step": FACTOR,
+            "most_step": FACTOR,
+            "activation": choice(*s5.ACTIVATIONS),
+            "dropout": RATE,
+            "remat": SWITCH,
+        },
     ),
 }
 """Name → (module, the fields that a config may set)."""
@@ -218,9 +239,27 @@ def _check_vit(model: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def _s5(fields: dict[str, Any], num_classes: int, shape: tuple[int, ...]) -> nn.Module:
+    model: Any
+    if len(shape) == 1:
+        if fields.pop("bidirectional", False):
+            raise UsageError("model.bidirectional=True lets a language model see what it is to predict; leave it out")
+        model = S5LM(vocab_size=num_classes, **fields)
+    elif len(shape) in (2, 3):
+        model = S5Classifier(num_classes=num_classes, **fields)
+    else:
+        raise UsageError(
+            "model.name='s5' takes tokens (length,), sequences (length, channels) or images; the data has shape "
+            f"{shape}"
+        )
+    initial_eigenvalues(model.state_size, model.blocks, model.conjugate_symmetry)  # refuses sizes that do not divide
+    return model
+
+
 _SEQUENCES: dict[str, Callable[[dict[str, Any], int, tuple[int, ...]], nn.Module]] = {
     "transformer": _transformer,
     "lstm": _lstm,
+    "s5": _s5,
 }
 _CHECKS: dict[str, Callable[[Any, tuple[int, ...]], None]] = {
     "cnn": _check_cnn,
