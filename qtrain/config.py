@@ -94,6 +94,22 @@ TASKS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine"},
         "train": {"steps": 500_400},
     },
+    "imagenet_resnet50": {
+        "data": {
+            "name": "tfds:imagenet2012",
+            "batch_size": 256,
+            "num_classes": 1000,
+            "image_shape": (224, 224, 3),
+            "augment": ("resized_crop", "flip"),
+            "central_crop": 0.875,
+            "in_memory": False,
+            "workers": 16,
+            "prefetch": 16,
+        },
+        "model": {"name": "imagenet_resnet", "depth": 50},
+        "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine"},
+        "train": {"steps": 500_400},
+    },
     "tiny_shakespeare_transformer": {
         "data": {"name": "tiny_shakespeare", "batch_size": 16, "length": 128},
         "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4, "dropout": 0.1},
@@ -146,12 +162,16 @@ def base_config(task: str) -> ConfigDict:
     data         `qtrain.data.DataConfig`; ``data.seed`` is order and augmentation, ``data.dir`` where TFDS sets lie
     model        ``name``, ``dtype`` ("float32", "bfloat16": of the computation) and the model's own fields
     quant        ``recipe`` "default": quantizers ``weights``, ``acts``, ``grads``, ``bias`` (`quantizer_from_config`)
-                 and ``ends`` (bits of the first and the last layer); "cpt" and "trs" bring their own: `qtrain.methods`.
+                 and ``ends`` (bits of the first and the last layer); "cpt", "trs" and "multi_precision" bring their
+                 own: `qtrain.methods`.
                  For any of them ``residuals``, ``execution`` ("fake", "native", "auto", as `Rule` has them);
                  ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with residuals and execution of
                  their own; ``threshold``: the schedule of nested quantizers' λ; ``backend`` ("qtrain", or
                  "aqt": the AQT baseline at static bits)
-    schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ
+    multi_precision  widths that are trained together, with the recipe of that name:
+                 `qtrain.methods.multi_precision.from_config`; ``data.repeat``: steps that take the same batch
+    schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ. The
+                 values of "rounds" are the widths unless given
     optimizer    `qtrain.optim.optimizer`; ``quant``: learned quantizer parameters; ``transition``: of the optimizers
                  sgdt, adamt and adamwt; ``oscillation``: ``track`` (as metrics), ``freeze``
     budget       what learned widths may cost: ``unit`` ("none", "bits", "bytes", "bitops"), ``target``, see
@@ -191,6 +211,13 @@ def _shared_keys() -> dict[str, Any]:
         "data": dict(DEFAULTS),
         "model": {"name": "", "dtype": "float32"},
         "quant": copy.deepcopy(QUANT),
+        "multi_precision": {
+            "widths": (),
+            "updates": "sequential",
+            "alrs": "none",
+            "distill": {"rate": 0.0, "temperature": 1.0},
+            "hasb": {"sigma": 0.0, "batches": 4, "draws": 100, "tolerance": 1e-3},
+        },
         "schedule": {**_schedule_keys(), **{kind: _schedule_keys() for kind in ("weights", "acts", "grads")}},
         "optimizer": {
             "name": "adam",
@@ -310,6 +337,7 @@ def _make_smoke(config: ConfigDict) -> None:
     if config.optimizer.warmup_steps or config.optimizer.warmup_epochs:
         config.optimizer.update(warmup_steps=0, warmup_epochs=0.0, warmup_percent=20.0)
     config.eval.reestimate_batches = min(config.eval.reestimate_batches, 2)
+    config.multi_precision.hasb.update(batches=1, draws=2)
     config.optimizer.accumulate_steps = min(config.optimizer.accumulate_steps, 2)
     config.train.steps_per_dispatch = min(config.train.steps_per_dispatch, 2)
     for part in (config.schedule, config.schedule.weights, config.schedule.acts, config.schedule.grads):

@@ -1,7 +1,8 @@
-"""Evaluation of a state at the highest precision, at the current one, and in float."""
+"""Evaluation of a state at the highest precision, at the current one, at each of its widths, and in float."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -40,10 +41,18 @@ class Evaluator:
         self._reestimate = jax.jit(reestimate_step, out_shardings=everywhere)
 
     def __call__(self, state: TrainState, split: str = "test") -> dict[str, float]:
-        """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``."""
+        """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``.
+
+        Of a run that trains several widths also ``…_8bit`` and so on, weights and activations at each of them.
+        """
         experiment = self._experiment
         scheduled = experiment.precision_at(max(int(state.step) - 1, 0))
-        precisions = {"": experiment.q_max, "_scheduled": scheduled, "_float": None}
+        asked: dict[str, Precision | None] = {"": experiment.q_max, "_scheduled": scheduled, "_float": None}
+        for width in experiment.trained_widths:
+            asked[f"_{width}bit"] = dataclasses.replace(experiment.q_max, weights=width, acts=width)
+        # The first name of each precision: q_max and the scheduled bits are among the widths, and others may be equal.
+        first = {suffix: next(name for name in asked if asked[name] == bits) for suffix, bits in asked.items()}
+        precisions = {suffix: asked[suffix] for suffix in dict.fromkeys(first.values())}
         totals = {suffix: {"loss": 0.0, "correct": 0.0, "count": 0.0} for suffix in precisions}
         processes = jax.process_index(), jax.process_count()
         variables = {suffix: self._variables(state, precision) for suffix, precision in precisions.items()}
@@ -54,7 +63,8 @@ class Evaluator:
                 for name, value in values.items():
                     totals[suffix][name] += float(value)
         results = {}
-        for suffix, total in totals.items():
+        for suffix in asked:
+            total = totals[first[suffix]]
             results[f"{split}_loss{suffix}"] = total["loss"] / total["count"]
             results[f"{split}_accuracy{suffix}"] = total["correct"] / total["count"]
         return results

@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from qtrain import cost, data, models, schedules
-from qtrain.additions import Additions
+from qtrain.additions import Additions, Bits
 from qtrain.config import QUANT, check_keys
 from qtrain.data import Dataset
 from qtrain.durations import duration
@@ -33,8 +33,9 @@ from qtrain.inject.rules import EXECUTIONS
 from qtrain.losses import penalty_from_config
 from qtrain.losses.budget import budget_from_config, initial_controller
 from qtrain.losses.thresholds import thresholds_from_config
-from qtrain.methods import aqt
+from qtrain.methods import aqt, multi_precision
 from qtrain.methods.cpt import cpt_rules
+from qtrain.methods.multi_precision import MultiPrecision, multi_precision_rules
 from qtrain.methods.trs import trs_rules
 from qtrain.optim import optimizer
 from qtrain.optim.build import TRANSITION
@@ -47,7 +48,7 @@ from qtrain.widths import Widths
 
 PAPERS: dict[str, Callable[[], tuple[Rule, ...]]] = {"cpt": cpt_rules, "trs": trs_rules}
 """Recipes with quantizers of their own."""
-RECIPES = ("default", *PAPERS)
+RECIPES = ("default", *PAPERS, multi_precision.RECIPE)
 BACKENDS = ("qtrain", "aqt")
 
 
@@ -63,6 +64,8 @@ class Experiment:
       weights: the quantized parameters.
       learns: whether quantizers have parameters of their own.
       widths: of the tensors, some of which quantizers may choose.
+      trained_widths: the widths that are trained together, the widest first; empty where there is one precision a step.
+      steps_per_update: training steps whose gradients are averaged into one update.
       additions: what the method adds to the train step.
     """
 
@@ -80,6 +83,8 @@ class Experiment:
     weights: tuple[Weight, ...] = ()
     learns: bool = False
     widths: Widths | None = None
+    trained_widths: tuple[int, ...] = ()
+    steps_per_update: int = 1
     additions: Additions = NOTHING
 
     @property
@@ -147,13 +152,15 @@ def build(config: ConfigDict) -> Experiment:
     """
     check_keys(config)
     _check_values(config)
+    method = multi_precision.from_config(config.multi_precision, config.quant.recipe)
     dataset = data.load(config.data, smoke=config.smoke)
-    steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size)
+    steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size) * config.data.repeat
     total_steps = _total_steps(config, steps_per_epoch)
-    schedule = schedules.precisions_from_config(config.schedule.to_dict(), total_steps)
+    schedule = _schedule(config, method, total_steps)
     fields = config.model.to_dict()
     module = models.build(fields, num_classes=dataset.num_classes, input_shape=dataset.input_shape)
-    rules = _rules(config)
+    rules = _rules(config, method)
+    per_width = method.widths if method is not None else ()
     fixed = None
     if config.quant.backend == "aqt":
         # AQT freezes widths at compile time, so the run is the schedule's static counterpart.
@@ -161,7 +168,8 @@ def build(config: ConfigDict) -> Experiment:
         schedule = dataclasses.replace(schedule, weights=fixed.weights, acts=fixed.acts, grads=None)
         qmodel = quantize(module, aqt.aqt_rules(rules), execute=aqt.execute)
     else:
-        qmodel = quantize(module, rules, widest=schedule.q_max, narrowest=_narrowest(schedule, total_steps, rules))
+        narrowest = _narrowest(schedule, total_steps, rules)
+        qmodel = quantize(module, rules, widest=schedule.q_max, narrowest=narrowest, per_width=per_width)
     inputs = _inputs(dataset, config.data.batch_size)
     plan = qmodel.plan(inputs, train=True)
     # As chosen for the training batch, so that evaluation at another size does the same arithmetic.
@@ -170,8 +178,18 @@ def build(config: ConfigDict) -> Experiment:
     quantizers = qmodel.quantizers(inputs, train=True)
     transition = config.optimizer.name in TRANSITION
     groups = parameter_groups(weights, quantizers, schedule.q_max, transition=transition)
+    groups = dataclasses.replace(groups, held=frozenset(qmodel.held({}).leaves))
     widths = Widths(plan, weights, quantizers)
-    transform, learning_rate = optimizer(config.optimizer.to_dict(), total_steps, steps_per_epoch, groups)
+    fields, scales = config.optimizer.to_dict(), None
+    if method is not None:
+        fields, scales = method.optimizer_fields(fields), method.scales()
+    transform, learning_rate = optimizer(fields, total_steps, steps_per_epoch, groups, scales)
+    additions = _additions(config, widths, schedule.q_max, total_steps)
+    if method is not None:
+        transform = method.optimizer(transform)
+        additions = method.add_to(additions, qmodel, inputs)
+        lengths = steps_per_epoch, total_steps
+        additions = method.switching.add_to(additions, qmodel, widths, method.widths, config.seed, *lengths)
 
     def every(section: str) -> int:
         units = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}
@@ -193,8 +211,21 @@ def build(config: ConfigDict) -> Experiment:
         weights=weights,
         learns=any(quantizer.learns for quantizer in quantizers.values()),
         widths=widths,
-        additions=_additions(config, widths, schedule.q_max, total_steps),
+        trained_widths=per_width,
+        steps_per_update=fields["accumulate_steps"],
+        additions=additions,
     )
+
+
+def _schedule(config: ConfigDict, method: MultiPrecision | None, total_steps: int) -> PrecisionSchedule:
+    fields = config.schedule.to_dict()
+    if method is None:
+        return schedules.precisions_from_config(fields, total_steps)
+    if fields["name"] == "rounds" and fields["values"] is None:
+        fields["values"] = method.widths
+    schedule = schedules.precisions_from_config(fields, total_steps)
+    method.check_schedule(schedule, total_steps, config.data.repeat)
+    return schedule
 
 
 def _additions(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Additions:
@@ -206,17 +237,20 @@ def _additions(config: ConfigDict, widths: Widths, q_max: Precision, total_steps
     losses = penalty_from_config(config.losses.to_dict(), latent_weights(widths.weights, q_max), total_steps)
     budget = budget_from_config(config.budget.to_dict(), widths, q_max, total_steps)
 
-    def penalty(step: Any, params: Any, quant: Any, precision: Precision, controller: Any) -> tuple[Any, Any]:
-        added = 0.0 if losses is None else losses(step, params, quant, precision)
+    def penalty(step: Any, params: Any, quant: Any, bits: Any, controller: Any) -> tuple[Any, Any]:
+        added = 0.0 if losses is None else losses(step, params, quant, bits)
         if budget is None:
             return added, controller
-        more, controller = budget(step, params, quant, precision, controller)
-        return added + more, controller
+        more, steering = budget(step, params, quant, bits, controller)
+        return added + more, {**controller, **steering}
+
+    def update_arguments(precision: Precision, bits: Bits, trained: Any) -> dict[str, Any]:
+        return {"bits": bits_tree(widths.weights, bits)} if widths.weights else {}
 
     return Additions(
         penalty=None if losses is None and budget is None else penalty,
         controller=dict if budget is None else initial_controller,
-        update_arguments=lambda precision: {"bits": bits_tree(widths.weights, precision)} if widths.weights else {},
+        update_arguments=update_arguments,
         scheduled=thresholds_from_config(config.quant.threshold.to_dict(), widths.weights, total_steps),
         priced=widths.priced,
     )
@@ -286,8 +320,9 @@ def _check_values(config: ConfigDict) -> None:
     ):
         if value not in allowed:
             raise UsageError(f"{key}={value!r}: give one of {allowed}.{did_you_mean(value, allowed)}")
-    if config.quant.recipe in PAPERS:
-        for key in ("weights", "acts", "grads", "ends"):
+    if config.quant.recipe != "default":
+        own = ["weights", "acts", "grads", "bias"] + ["ends"] * (config.quant.recipe in PAPERS)
+        for key in own:
             if config.quant[key] != QUANT[key]:
                 raise UsageError(
                     f"quant.{key}={config.quant[key]!r}: quant.recipe={config.quant.recipe!r} brings its own; leave it "
@@ -303,13 +338,13 @@ def _check_values(config: ConfigDict) -> None:
             raise UsageError(f"{key}={value}: give a whole number from {low} to {high}")
 
 
-def _rules(config: ConfigDict) -> tuple[Rule, ...]:
+def _rules(config: ConfigDict, method: MultiPrecision | None) -> tuple[Rule, ...]:
     quant = config.quant
     own = rules_from_config(quant.rules) if quant.rules else ()
     chosen = {"residuals": quant.residuals, "execution": quant.execution}
-    if quant.recipe in PAPERS:
+    if quant.recipe != "default":
+        paper = PAPERS[quant.recipe]() if method is None else multi_precision_rules(method.widths, quant.ends)
         # A layer that stays in float by intention is one of which no execution could make anything else.
-        paper = PAPERS[quant.recipe]()
         return (*own, *(dataclasses.replace(rule, **chosen) if rule.weight_quantizer else rule for rule in paper))
     recipe = default_rules(
         weight_quantizer=quantizer_from_config(quant.weights, "quant.weights"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from qtrain import checkpoint
 from qtrain import manifest as manifests
+from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.manifest import MANIFEST, Leaves
 
@@ -25,6 +26,7 @@ def load_float(
     path: str | os.PathLike[str],
     abstract_variables: Mapping[str, Any],
     *,
+    per_width: Collection[tuple[str, ...]] = (),
     sharding: jax.sharding.Sharding | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -32,13 +34,15 @@ def load_float(
 
     Quantizers are injected without a change to the parameters, so those of a float run fit the quantized model, and the
     reverse. What belongs to the quantizers (``quant``, ``quant_stats``) or to the optimizer is not read. Nothing is
-    compiled unless a dtype is to be changed.
+    compiled unless a dtype is to be changed, or rows are to be made.
 
     Args:
       path: a run's folder, whose newest finished checkpoint is meant; or one checkpoint, ``RUN/checkpoints/STEP``.
       abstract_variables: the new model's variables by collection, arrays or ``jax.ShapeDtypeStruct``, as from
         ``jax.eval_shape`` of ``QuantizedModel.init``. Paths and shapes must be those of the checkpoint; one floating
         dtype is cast to another.
+      per_width: names, ``("batch_stats", "BatchNorm_0", "mean")``, of variables with a leading axis of rows for each
+        width (``qmodel.held(variables).leaves``). Where the checkpoint has none, every row begins as what it has.
       sharding: where every array is placed; None: where new arrays go.
       report: takes a one-line remark when the run has not finished; prints to stderr by default.
 
@@ -66,7 +70,10 @@ def load_float(
     named = manifests.named_leaves(state)
     described = manifests.describe(named)
     stored = _of_the_model(leaves)
-    _check(path, folder, stored, described)
+    held = {name if name[0] == "params" else ("collections", *name) for name in per_width}
+    names = [leaf_name(way) for way, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    rows = _repeated(stored, described, [each for each, name in zip(named, names, strict=True) if name in held])
+    _check(path, folder, stored, {name: _row(leaf) if name in rows else leaf for name, leaf in described.items()})
 
     # In the dtypes of the checkpoint, which Orbax would otherwise change its own way.
     def as_stored(name: str) -> jax.ShapeDtypeStruct:
@@ -79,8 +86,13 @@ def load_float(
         loaded = checkpoint.restore(folder, abstract, partial=True).state
     except UsageError as error:
         raise UsageError(f"init_from={os.fspath(path)!r}: {error}") from error
-    arrays = zip(jax.tree.leaves(loaded), named.values(), strict=True)
-    cast = jax.tree.unflatten(structure, [a if a.dtype == leaf.dtype else a.astype(leaf.dtype) for a, leaf in arrays])
+
+    def as_wanted(name: str, array: jax.Array) -> jax.Array:
+        leaf = named[name]
+        array = array if array.dtype == leaf.dtype else array.astype(leaf.dtype)
+        return jnp.broadcast_to(array[None], leaf.shape) if name in rows else array
+
+    cast = jax.tree.unflatten(structure, map(as_wanted, named, jax.tree.leaves(loaded)))
     return {"params": cast["params"], **cast["collections"]}
 
 
@@ -144,6 +156,15 @@ def _check(path: Any, folder: Path, stored: Leaves, wanted: Leaves) -> None:
             f"{shown}: checkpoint {folder.name} does not fit this model: {listed}{more}; give a run of the same model, "
             "or change model.*"
         )
+
+
+def _repeated(stored: Leaves, wanted: Leaves, per_width: Iterable[str]) -> set[str]:
+    """Names of the leaves with a row for each width, of which there is one alone in the checkpoint."""
+    return {name for name in per_width if name in stored and stored[name][0] == _row(wanted[name])[0]}
+
+
+def _row(leaf: tuple[tuple[int, ...], str]) -> tuple[tuple[int, ...], str]:
+    return leaf[0][1:], leaf[1]
 
 
 def _castable(stored: tuple[tuple[int, ...], str], wanted: tuple[tuple[int, ...], str] | None) -> Any:

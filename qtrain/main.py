@@ -16,6 +16,7 @@ usage: qtrain COMMAND [flags]
 
   train      train a config: qtrain train --config configs/digits_cnn_cpt.py --workdir runs/digits
   plan       what a config quantizes, how, and at what cost; trains nothing
+  search     a width for each layer of a run, under a budget: qtrain search --workdir runs/digits --budget bits=3
   export     a run's weights as packed integers in one file: qtrain export --workdir runs/digits --out model.safetensors
   schedules  the ten cyclic precision schedules as a table and a picture
   bench      what quantized train steps cost: float32, bfloat16, qtrain, AQT and Qwix, measured in turn
@@ -51,6 +52,12 @@ def _export(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _search(arguments: list[str]) -> int:
+    from qtrain.search.command import run
+
+    return run(arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     from qtrain.bench.command import run
 
@@ -60,6 +67,7 @@ def _bench(arguments: list[str]) -> int:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "plan": _plan,
+    "search": _search,
     "export": _export,
     "schedules": _schedules,
     "bench": _bench,

@@ -47,7 +47,7 @@ def make_reestimate_step(qmodel: QuantizedModel) -> Step:
     A norm that is called several times in a pass gets the mean over its calls; where they are apart (each under
     ``nn.remat``, or the iterations of a scan which carries the statistics), it is those of the last call. A norm that
     uses its running average even in training keeps it, and so does one that no call reaches; ``nn.SpectralNorm`` keeps
-    its state.
+    its state. Of statistics that are held for each width (``qmodel.per_width``), the rows in use are measured.
 
     Args:
       qmodel: what is to be evaluated.

@@ -22,6 +22,7 @@ Array = jax.Array
 Batch = Mapping[str, Array]
 
 NOTHING = Additions()
+_ASSIGNMENT = 1 << 16  # beyond the numbers that splitting a key folds into it
 
 
 class Previous(NamedTuple):
@@ -42,7 +43,7 @@ class TrainState:
       quant: learned quantizer parameters.
       collections: the model's other variables (``batch_stats``) and ``quant_stats``.
       opt_state: of the optimizer.
-      controller: what the penalty steers by, see `Additions`.
+      controller: what the method steers by, see `Additions`.
       bitops: BitOps spent so far.
       metrics: averages since the last written row.
       previous: see `Previous`.
@@ -119,9 +120,12 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Any]]:
         precision = schedule(state.step)
         inputs, labels = inputs_and_labels(batch)
-        dropout, quant = jax.random.split(jax.random.fold_in(key, state.step))
+        step_key = jax.random.fold_in(key, state.step)
+        dropout, quant = jax.random.split(step_key)
         rngs = {"dropout": dropout, "quant": quant}
 
+        chance = jax.random.fold_in(step_key, _ASSIGNMENT)
+        assigned = additions.assigned(chance, state.step, precision, state.controller)
         trained = {"params": state.params, "quant": additions.scheduled(state.step, state.quant)}
 
         def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
@@ -129,7 +133,7 @@ def make_train_step(
                 {**trained, **state.collections},
                 inputs,
                 train=True,
-                bits=precision,
+                bits=assigned,
                 rngs=rngs,
                 mutable=list(state.collections),
             )
@@ -137,12 +141,15 @@ def make_train_step(
             added, controller = jnp.zeros(()), state.controller
             if additions.penalty is not None:
                 learned = trained["params"], trained["quant"]
-                added, controller = additions.penalty(state.step, *learned, precision, state.controller)
+                added, controller = additions.penalty(state.step, *learned, assigned, state.controller)
+            if additions.output_penalty is not None:
+                more, controller = additions.output_penalty(precision, logits, controller)
+                added += more
             return loss + added, (loss, added, controller, logits, updated)
 
         (_, (loss, added, controller, logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        extra = {"quant": trained["quant"], **additions.update_arguments(precision)}
-        priced = additions.priced(trained["params"], trained["quant"], precision)
+        extra = {"quant": trained["quant"], **additions.update_arguments(precision, assigned, trained)}
+        priced = additions.priced(trained["params"], trained["quant"], assigned)
         updates, opt_state = transform.update(grads, state.opt_state, trained, **extra)
         # Not to what a schedule made of them: it starts from the values in the state, at every step.
         stepped = optax.apply_updates({"params": state.params, "quant": state.quant}, updates)

@@ -84,7 +84,9 @@ def _loaded(experiment: Experiment, folder: str, mesh: Any) -> dict[str, Any] | 
     path = experiment.config.init_from
     if not path or manifest.folders(Path(folder) / "checkpoints"):
         return None
-    return load_float(path, jax.eval_shape(experiment.initial_state).variables, sharding=sharding.replicated(mesh))
+    variables = jax.eval_shape(experiment.initial_state).variables
+    per_width = experiment.qmodel.held(variables).leaves
+    return load_float(path, variables, per_width=per_width, sharding=sharding.replicated(mesh))
 
 
 def _as_started(experiment: Experiment, folder: str) -> Experiment:
@@ -145,7 +147,9 @@ class _Run:
         measure = make_layer_metrics(experiment)
         self.layer_metrics = None if measure is None else jax.jit(measure)
         self.key = jax.random.key(config.seed)
-        self.fingerprint = data.fingerprint(experiment.dataset, config.data.batch_size, config.data.seed)
+        self.fingerprint = data.fingerprint(
+            experiment.dataset, config.data.batch_size, config.data.seed, config.data.repeat
+        )
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, "test_accuracy")
         self.metadata: dict[str, Any] = {"elapsed": 0.0, "compilations": 0}
         self.state = self._initial_state(resume, loaded)
@@ -156,17 +160,12 @@ class _Run:
         )
         self.evaluated: dict[str, float] = {}
         self.evaluated_at = -1
+        self.rows: Any = None  # of the batch that is on the devices
+        self.batch: Any = None
 
     def __call__(self, stopped: threading.Event) -> dict[str, Any]:
         config, total = self.config, self.experiment.total_steps
-        batches = data.train_iterator(
-            self.experiment.dataset,
-            config.data.batch_size,
-            config.data.seed,
-            jax.process_index(),
-            jax.process_count(),
-            start_step=self.start,
-        )
+        batches = self._batches(start_step=self.start, repeat=config.data.repeat)
         pending: tuple[int, dict[str, Any]] | None = None
         step = self.start
         with batches, self.checkpoints, self.writer, self.progress:
@@ -219,19 +218,14 @@ class _Run:
     def _begun(self, state: TrainState, loaded: dict[str, Any] | None) -> TrainState:
         """`state` with the parameters to start from, and quantizers that begin with these and the first batch."""
         experiment, everywhere = self.experiment, sharding.replicated(self.mesh)
-        if loaded is None and not experiment.learns:
+        begin = experiment.additions.begin
+        if loaded is None and not experiment.learns and begin is None:
             return state
         if loaded is not None:
             params = loaded.pop("params")
             state = dataclasses.replace(state, params=params, collections={**state.collections, **loaded})
         if experiment.learns:
-            with data.train_iterator(
-                experiment.dataset,
-                self.config.data.batch_size,
-                self.config.data.seed,
-                jax.process_index(),
-                jax.process_count(),
-            ) as batches:
+            with self._batches() as batches:
                 inputs, _ = inputs_and_labels(sharding.shard_batch(next(batches), self.mesh))
             dropout, quant = jax.random.split(self.key)
             variables = experiment.qmodel.calibrate(
@@ -242,14 +236,29 @@ class _Run:
                 train=True,
             )
             state = dataclasses.replace(state, quant=jax.device_put(variables["quant"], everywhere))
+        if begin is not None:
+            with self._batches() as batches:
+                sharded = (sharding.shard_batch(rows, self.mesh) for rows in batches)
+                state = dataclasses.replace(
+                    state, controller=jax.device_put(begin(state.variables, sharded), everywhere)
+                )
         trained = {"params": state.params, "quant": state.quant}
         return dataclasses.replace(
             state, opt_state=jax.jit(experiment.optimizer.init, out_shardings=everywhere)(trained)
         )
 
+    def _batches(self, **arguments: Any) -> data.TrainIterator:
+        """The run's training batches."""
+        config = self.config.data
+        processes = jax.process_index(), jax.process_count()
+        return data.train_iterator(self.experiment.dataset, config.batch_size, config.seed, *processes, **arguments)
+
     def _next(self, batches: Iterator[dict[str, np.ndarray]]) -> Any:
         if self.per_dispatch == 1:
-            return sharding.shard_batch(next(batches), self.mesh)
+            rows = next(batches)
+            if rows is not self.rows:  # one that is repeated is there already
+                self.rows, self.batch = rows, sharding.shard_batch(rows, self.mesh)
+            return self.batch
         stack = [next(batches) for _ in range(self.per_dispatch)]
         return sharding.shard_batch({name: np.stack([b[name] for b in stack]) for name in stack[0]}, self.mesh, axis=1)
 
@@ -275,10 +284,10 @@ class _Run:
         if step % self.config.train.log_every_steps == 0:
             averages, bitops = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], (out["metrics"], out["bitops"]))
             values = {name: float(value) for name, value in averages.compute().items()}
-            if self.experiment.additions.penalty is None:
+            if not self.experiment.additions.penalises:
                 del values["penalty"]
             values |= {name: float(value) for name, value in out.get("layers", {}).items()}
-            updates = (step - 1) // self.config.optimizer.accumulate_steps
+            updates = (step - 1) // self.experiment.steps_per_update
             row = {
                 **values,
                 "effective_bitops": cost.value(bitops),
@@ -325,6 +334,8 @@ class _Run:
         static = cost.static(self.experiment.plan.ops, self.experiment.q_max, total)
         last = self.experiment.precision_at(total - 1)
         bits = {name: 32 if value is None else int(value) for name, value in vars(last).items()}
+        # Of several widths the widest is what is stored: the others follow from its integers.
+        stored = self.experiment.q_max if self.experiment.trained_widths else last
         return {
             "steps": int(self.state.step),
             "train_loss": float(self.state.metrics.compute()["loss"]),
@@ -335,7 +346,7 @@ class _Run:
             "compilations": self._compilations(),
             "wall_seconds": round(self.progress.elapsed, 3),
             "bits_final": bits,
-            **size_summary(self.experiment.weights, self.state.params, self.state.quant, last),
+            **size_summary(self.experiment.weights, self.state.params, self.state.quant, stored),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
         }
 

@@ -93,7 +93,14 @@ def assert_trained(before, after):
 
 
 # Each has a sibling of the same network and method.
-SLOW = ("cifar100_resnet20_trs", "imagenet_resnet18_trs")
+SLOW = (
+    "cifar100_resnet20_trs",
+    "cifar10_resnet20_multi_precision",
+    "imagenet_resnet18_multi_precision",
+    "imagenet_resnet18_trs",
+    "imagenet_resnet50_multi_precision",
+    "mnist_cnn_multi_precision",
+)
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_apply_is_the_model_and_logits_is_compiled_once(tmp_path):
     _, loaded, expected = round_trip(tmp_path / "m.safetensors", qmodel, variables, Precision(4, 4), inputs)
     np.testing.assert_allclose(loaded.apply(inputs), expected, rtol=1e-5, atol=1e-6)
     loaded.logits(2 * inputs)
-    assert loaded._compiled._cache_size() == 1
+    assert loaded.program._cache_size() == 1
 
 
 def test_native_execution_is_exported_in_float_and_the_report_says_how_near(tmp_path):

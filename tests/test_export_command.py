@@ -77,8 +77,56 @@ def test_what_is_loaded_scores_as_the_evaluator_says(run, tmp_path):
     assert correct / count == pytest.approx(expected["test_accuracy"], abs=1e-9)
 
 
+def test_a_run_is_exported_as_stablehlo_alone(run, exported, tmp_path, capsys):
+    path = tmp_path / "m.jax"
+    assert main.main(["export", "--workdir", str(run[0]), "--stablehlo", str(path)]) == 0
+    assert f"{path.stat().st_size:,} bytes of StableHLO, takes float32 [batch, 8, 8, 1]" in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["m.jax"]
+    inputs = jax.random.normal(jax.random.key(0), (5, 8, 8, 1))
+    logits = jax.export.deserialize(bytearray(path.read_bytes())).call(inputs)
+    np.testing.assert_array_equal(logits, export.load(exported[0]).logits(inputs))
+
+
+@pytest.mark.slow
+def test_a_multi_precision_run_is_stored_once_at_its_widest_and_scores_as_evaluated_at_every_width(tmp_path):
+    config = small_config(
+        "digits_cnn",
+        quant__recipe="multi_precision",
+        multi_precision__widths=(8, 4, 2),
+        schedule__name="rounds",
+        data__repeat=3,
+        model__batch_norm=True,
+        train__steps=24,
+    )
+    folder, path = tmp_path / "run", tmp_path / "m.safetensors"
+    train(config, str(folder), quiet=True)
+    report = export_run(folder, path)  # the last step was at 2 bits
+    assert report.difference == 0.0 and list(report.separate) == [8, 4, 2]
+    expected = Evaluator(build(config), make_mesh())(final_state(config, folder))
+    dataset = build(config).dataset
+    for bits in (8, 4, 2):
+        loaded, correct, count = export.load(path, bits=bits), 0, 0
+        for batch in data.eval_batches(dataset, "test", 360):
+            predicted = np.argmax(np.asarray(loaded.logits(jnp.asarray(batch["image"]))), -1)
+            correct += np.sum((predicted == batch["label"]) * batch["mask"])
+            count += np.sum(batch["mask"])
+        assert correct / count == pytest.approx(expected[f"test_accuracy_{bits}bit"], abs=1e-9)
+    alone = export_run(folder, tmp_path / "alone", bits=4)
+    assert alone.remark and alone.bytes < report.bytes
+    with pytest.raises(UsageError, match="was exported at 4 of 8 bits, and 2 bits follow exactly only from all 8"):
+        export.load(tmp_path / "alone", bits=2)
+
+
 MISTAKES = {
-    "no flags": ([], "the following arguments are required: --workdir, --out; example:"),
+    "no flags": ([], "the following arguments are required: --workdir; example:"),
+    "no file": (["--workdir", "{run}"], "give --out FILE, --stablehlo FILE or both; example:"),
+    "no program": (["--workdir", "{run}", "--out", "{tmp}/m", "--platforms", "cpu"], "give --stablehlo FILE with it"),
+    "platform": (
+        ["--workdir", "{run}", "--stablehlo", "{tmp}/m", "--platforms", "cpu,gpu"],
+        "platform 'gpu': give one",
+    ),
+    "batch": (["--workdir", "{run}", "--stablehlo", "{tmp}/m", "--batch-size", "0"], "'0' is not a size; give a whole"),
+    "program's parent": (["--workdir", "{run}", "--stablehlo", "{tmp}/a/m"], "--stablehlo '{tmp}/a/m': there is no"),
     "no run": (["--workdir", "{tmp}/none", "--out", "{tmp}/m"], "is not a qtrain run"),
     "flag": (["--workdir", "{run}", "--out", "{tmp}/m", "--bit", "4"], "--bit: no such flag.*mean '--bits'"),
     "bits": (["--workdir", "{run}", "--out", "{tmp}/m", "--bits", "2.5"], "--bits '2.5' is not a width of integers"),
@@ -156,10 +204,10 @@ def test_foreign_files_and_other_versions_are_refused(exported, tmp_path):
     with pytest.raises(UsageError, match="was not written by qtrain export"):
         export.load(path)
     with safe_open(exported[0], framework="np") as opened:
-        document = {**json.loads(opened.metadata()["qtrain-export"]), "version": 2, "qtrain": "9.1"}
+        document = {**json.loads(opened.metadata()["qtrain-export"]), "version": 3, "qtrain": "9.1"}
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     save_file(tensors, path, {"qtrain-export": json.dumps(document)})
-    with pytest.raises(UsageError, match=r"format version 2, written by qtrain 9\.1; qtrain .* reads version 1"):
+    with pytest.raises(UsageError, match=r"format version 3, written by qtrain 9\.1; qtrain .* reads version 2"):
         export.load(path)
 
 

@@ -82,7 +82,13 @@ CODES = {
 @pytest.mark.parametrize("name", CODES)
 def test_codes_come_back_from_the_smaller_encoding(name):
     codes, expected = CODES[name]
-    codes = codes.astype(np.int32) if codes.dtype.kind == "i" else codes
+    narrowest = np.min_scalar_type(min(codes.min(initial=0), -codes.max(initial=0) - 1))
+    # The narrowest dtype that holds the codes does not hold their differences.
+    for dtype in (np.int32, narrowest) if codes.dtype.kind == "i" else (codes.dtype,):
+        _check_coding(codes.astype(dtype), expected)
+
+
+def _check_coding(codes, expected):
     how, arrays, lowest = to_bytes(codes)
     assert (how.encoding, how.width) == expected
     assert how.bytes == sum(array.nbytes for array in arrays.values())

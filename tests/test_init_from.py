@@ -127,6 +127,27 @@ def test_arrays_are_placed(saved):
     assert jax.tree.leaves(load_float(saved(state), small_variables(state)))[0].committed is False
 
 
+def test_a_row_for_each_width_begins_as_the_one_there_is(saved):
+    state = small_state(**{"norm.0": jnp.arange(3.0), "kernel": jnp.ones((2, 3))})
+    wanted = jax.tree.map(lambda x: x, small_variables(state))
+    wanted["params"]["norm.0"] = jnp.zeros((4, 3), jnp.bfloat16)
+    wanted["batch_stats"]["mean"] = jnp.zeros((4, 3))
+    per_width = {("params", "norm.0"), ("batch_stats", "mean")}
+    placement = sharding.replicated(sharding.make_mesh())
+    folder = saved(state)
+    loaded = load_float(folder, wanted, per_width=per_width, sharding=placement)
+    for leaf, value in ((loaded["params"]["norm.0"], np.arange(3)), (loaded["batch_stats"]["mean"], np.full(3, 2))):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(value, (4, 3)))
+        assert leaf.sharding == placement
+    assert loaded["params"]["norm.0"].dtype == jnp.bfloat16
+    # Nor is one that has as many rows changed, or one of another number taken.
+    with pytest.raises(UsageError, match=r"norm%2E0 is float32\[3\] in it, bfloat16\[4,3\] here"):
+        load_float(folder, wanted)
+    rows = saved({**state, "params": {**state["params"], "norm.0": jnp.ones((3, 3))}}, step=4)
+    with pytest.raises(UsageError, match=r"norm%2E0 is float32\[3,3\] in it"):
+        load_float(rows, wanted, per_width=per_width)
+
+
 def test_every_kind_of_difference_is_listed(saved):
     folder = saved(small_state(kernel=jnp.ones((2, 3)), old=jnp.ones(2)))
     other = small_state(kernel=jnp.ones((3, 2)), new=jnp.ones(4))

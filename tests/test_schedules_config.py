@@ -30,6 +30,7 @@ BUILT = [
         {"name": "piecewise", "boundaries_percent": [50, 50.01, 75], "values": [3, 4, 5, 6]},
         S.piecewise([500, 750], [3, 5, 6]),
     ),
+    ({"name": "rounds", "values": (8, 6, 4)}, S.rounds([8, 6, 4])),
     (base, cr),
     ({**base, "pattern": "repeated", "bits": None, "boundaries_steps": None, "nonsense": None}, cr),
     (
@@ -137,6 +138,7 @@ REFUSED = [
     ({"name": "piecewise", "boundaries_percent": [50], "values": [1]}, "need 2 values"),
     ({"name": "piecewise", "boundaries_percent": ["x"], "values": [1, 2]}, r"schedule.boundaries_percent\[0\]='x'"),
     ({"name": "piecewise", "boundaries_steps": [5]}, "needs values"),
+    ({"name": "rounds"}, "name='rounds' needs values"),
     ({"name": "delayed", "bits": 4, "start_steps": 5, "then": {"name": "float"}}, "exactly one"),
     ({"name": "delayed", "start_steps": 5, "then": 4}, "schedule.then=4"),
     ({"name": "delayed", "start_steps": "x", "restart": True, "then": {"name": "float"}}, "schedule.start_steps='x'"),

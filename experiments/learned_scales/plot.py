@@ -94,9 +94,7 @@ def pareto(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{title}; float {100 * np.mean(list(floats.values())):.2f} %", size=10)
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
         axes.legend(handles.values(), handles.keys(), fontsize=8, loc="lower left")
-    figure.suptitle(
-        "Means of 3 seeds, 95 % bootstrap intervals. Line: the front.", size=10
-    )
+    figure.suptitle("Means of 3 seeds, 95 % bootstrap intervals. Line: the front.", size=10)
     figure.savefig(path, dpi=120)
 
 

@@ -14,6 +14,7 @@ from qtrain.errors import UsageError, did_you_mean
 _RANGES: dict[str, tuple[int, int]] = {
     "seed": (0, 2**32 - 1),
     "batch_size": (1, 2**31 - 1),
+    "repeat": (1, 1024),
     "crop_padding": (1, 1024),
     "length": (1, 2**31 - 1),
     "num_classes": (1, 2**31 - 1),
@@ -33,6 +34,7 @@ class DataConfig:
     path: str = ""  # the file that name="text" reads; "" for every other set
     seed: int = 0  # order and augmentation, 0 … 2³²−1; the content of a set never depends on it
     batch_size: int = 64  # global: the sum over all processes
+    repeat: int = 1  # successive training steps that take the same batch
     augment: tuple[str, ...] = ()  # names out of "crop" or "resized_crop", and "flip"; images only
     crop_padding: int = 4  # pixels of zeros on each side before a random "crop"
     crop_area: float = 0.08  # the smallest share of an image that "resized_crop" leaves, above 0 … 1

@@ -16,7 +16,7 @@ from qtrain.errors import UsageError
 _SAMPLED_EXAMPLES = 256
 
 
-def fingerprint(dataset: Dataset, batch_size: int, seed: int) -> dict[str, Any]:
+def fingerprint(dataset: Dataset, batch_size: int, seed: int, repeat: int = 1) -> dict[str, Any]:
     """All that determines the training stream and the evaluation, as a flat dictionary fit for JSON.
 
     Contents enter as a CRC-32: of all bytes of a text, and of 256 images and labels evenly spaced over a split. `order`
@@ -36,6 +36,8 @@ def fingerprint(dataset: Dataset, batch_size: int, seed: int) -> dict[str, Any]:
         "eval_content": {split: _content(source) for split, source in dataset.eval.items()},
         "order": zlib.crc32(epoch_order(dataset.num_train, seed, 0).astype("<i8").tobytes()),
     }
+    if repeat != 1:  # absent otherwise, as from older runs
+        result["data.repeat"] = int(repeat)
     if dataset.kind == "image":
         result["normalization"] = [dataset.max_value, list(dataset.mean), list(dataset.std)]
         result["data.augment"] = list(dataset.augment)

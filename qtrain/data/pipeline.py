@@ -110,14 +110,16 @@ def read_ahead(batches: grain.MapDataset, workers: int, prefetch: int) -> grain.
 
 
 class TrainIterator(Iterator[dict[str, np.ndarray]]):
-    """Batches `start_step`, `start_step + 1`, … of a stream, made in the background.
+    """The batches of the steps `start_step`, `start_step + 1`, …, made in the background: batch ⌊k/repeat⌋ at step k.
 
-    Its state is the number of the next batch, whatever has been read ahead. Close it, or use it in a `with` statement,
-    to end its threads.
+    Steps that take the same batch get the same object, which is made once. Its state is the number of the next step,
+    whatever has been read ahead. Close it, or use it in a `with` statement, to end its threads.
     """
 
-    def __init__(self, batches: grain.MapDataset, start_step: int, workers: int, prefetch: int):
+    def __init__(self, batches: grain.MapDataset, start_step: int, workers: int, prefetch: int, repeat: int = 1):
         self._batches = batches
+        self._repeat = repeat
+        self._current: dict[str, np.ndarray] | None = None
         self._workers = workers
         self._prefetch = prefetch
         self._iterator: grain.DatasetIterator | None = None
@@ -127,28 +129,29 @@ class TrainIterator(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         if self._iterator is None:
             raise ValueError("this TrainIterator is closed")
-        batch = next(self._iterator)
+        if self._current is None or self._step % self._repeat == 0:
+            self._current = next(self._iterator)
         self._step += 1
-        return batch
+        return self._current
 
     def get_state(self) -> dict[str, int]:
-        """`{"next_step": k}`, fit for JSON: the next call of `next` returns batch k."""
+        """`{"next_step": k}`, fit for JSON: the next call of `next` returns the batch of step k."""
         return {"next_step": self._step}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Continues at batch `state["next_step"]`, at no cost however far that is."""
+        """Continues at step `state["next_step"]`, at no cost however far that is."""
         step = state.get("next_step")
         if isinstance(step, bool) or not isinstance(step, (int, np.integer)) or step < 0:
             raise UsageError(f"the data iterator's state is {dict(state)!r}; it must be {{'next_step': k}} with k >= 0")
         self.close()
         self._step = int(step)
-        self._iterator = read_ahead(self._batches[self._step :], self._workers, self._prefetch)
+        self._iterator = read_ahead(self._batches[self._step // self._repeat :], self._workers, self._prefetch)
 
     def close(self) -> None:
         """Ends the background threads; what was read ahead is dropped."""
         if self._iterator is not None:
             self._iterator.close()
-            self._iterator = None
+            self._iterator = self._current = None
 
     def __enter__(self) -> TrainIterator:
         return self
@@ -164,11 +167,12 @@ def train_iterator(
     process_index: int = 0,
     process_count: int = 1,
     start_step: int = 0,
+    repeat: int = 1,
 ) -> TrainIterator:
-    """Iterates over `train_batches(...)` from batch `start_step` on, reading ahead in the background.
+    """Iterates over `train_batches(...)`, each `repeat` times in a row, from step `start_step` on, reading ahead.
 
-    The arguments, the batches and the errors are those of `train_batches`. The number of threads and how far they read
-    ahead are the dataset's `workers` and `prefetch`.
+    The other arguments, the batches and the errors are those of `train_batches`. The number of threads and how far they
+    read ahead are the dataset's `workers` and `prefetch`.
     """
     batches = train_batches(dataset, batch_size, seed, process_index, process_count)
-    return TrainIterator(batches, start_step, dataset.workers, dataset.prefetch)
+    return TrainIterator(batches, start_step, dataset.workers, dataset.prefetch, repeat)

@@ -56,7 +56,7 @@ def distinct(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if highest - lowest < 1 << 20:  # counting is many times faster than sorting
             counts = np.zeros(highest - lowest + 1, np.int64)
             for first in range(0, codes.size, _CHUNK):
-                counts += np.bincount(codes[first : first + _CHUNK] - lowest, minlength=counts.size)
+                counts += np.bincount(codes[first : first + _CHUNK].astype(np.int64) - lowest, minlength=counts.size)
             present = np.flatnonzero(counts)
             return present + lowest, counts[present]
     return np.unique(codes, return_counts=True)

@@ -25,21 +25,25 @@ class Stored:
     """A quantized parameter as it is kept: integer codes and the scales that decode them; a pytree of these.
 
     Attributes:
-      codes: int8, int16 or int32 (of small floats their own dtype), the parameter's shape.
+      codes: int8, int16 or int32 (of small floats their own dtype), the parameter's shape; of numpy or jax.
       scale: what the quantizer's `encode` gave: an array, or an `AffineScale` of two; a leading axis for each axis of a
         stack.
       quantizer, axes, stacked: as `Weight` has them.
       dtype: of the parameter that `decode` makes.
       bits: the width it was quantized to.
+      layer: path of its layer.
+      fixed: whether a rule gives the bits, whatever those of the schedule.
     """
 
-    codes: Array
+    codes: Any
     scale: Any
     quantizer: Quantizer = dataclasses.field(metadata={"static": True})
     axes: tuple[int, ...] | None = dataclasses.field(metadata={"static": True})
     stacked: int = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
     bits: int = dataclasses.field(metadata={"static": True})
+    layer: str = dataclasses.field(metadata={"static": True})
+    fixed: bool = dataclasses.field(metadata={"static": True})
 
     def decode(self) -> Array:
         """The values on the grid, bit for bit those that the quantized forward multiplies with."""

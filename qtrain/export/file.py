@@ -18,7 +18,7 @@ from qtrain.errors import UsageError
 from qtrain.workdir import replace_file
 
 FORMAT = "qtrain-export"
-VERSION = 1
+VERSION = 2
 """Of the format. A file of another one is refused: what it means may have changed."""
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,75 +14,20 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from qtrain.errors import UsageError
-from qtrain.export import coding, file, quantizer_json
+from qtrain.export import coding, file, quantizer_json, switching
 from qtrain.export.encode import EVALUATION_KEY, below_float, quantize, running_ranges, scale_leaves
-from qtrain.export.model import VARIABLES, WEIGHTS, Bits, Exported, assembled
+from qtrain.export.model import VARIABLES, WEIGHTS, Exported, assembled
+from qtrain.export.report import Report, Row
+from qtrain.export.separate import bytes_alone, remark, trained_widths
+from qtrain.export.switching import Bits
 from qtrain.inject import QuantizedModel, Rule, Weight
 from qtrain.inject.learned import LEARNED
 from qtrain.inject.trace import STATISTICS, effective_bits
 from qtrain.inject.weights import weights as quantized_weights
 from qtrain.precision import Precision
-from qtrain.quantizers import contract
+from qtrain.quantizers import DoubleRounding, contract
 
 Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What storing one parameter takes: elements, bits it was quantized to, stored width, bytes with its scales."""
-
-    name: str
-    elements: int
-    bits: int
-    width: int
-    bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What `save` wrote.
-
-    Attributes:
-      path, bytes: the file and its size on disk, metadata and unquantized variables included.
-      weight_bytes: of the quantized parameters alone: packed codes, tables, scales and offsets.
-      weight_float_bytes, float_bytes: in float32, of the quantized parameters and of all variables that are stored.
-      rows: one for each quantized parameter.
-      difference: the largest absolute difference of logits between the exported model and the evaluation of the
-        original on a batch; 0: bit-identical.
-    """
-
-    path: str
-    bytes: int
-    weight_bytes: int
-    weight_float_bytes: int
-    float_bytes: int
-    rows: tuple[Row, ...]
-    difference: float
-
-    @property
-    def compression(self) -> float:
-        """Float32 bytes of the quantized parameters for each byte that storing them takes."""
-        return self.weight_float_bytes / max(self.weight_bytes, 1)
-
-    def __str__(self) -> str:
-        header = ("parameter", "elements", "bits", "stored bits", "bytes")
-        body = [(row.name, f"{row.elements:,}", f"{row.bits}", f"{row.width}", f"{row.bytes:,}") for row in self.rows]
-        widths = [max(len(line[column]) for line in (header, *body)) for column in range(len(header))]
-
-        def line(cells: tuple[str, ...]) -> str:
-            first, *others = zip(cells, widths, strict=True)
-            return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
-
-        same = "bit-identical" if not self.difference else f"within {self.difference:.3g} of the original's"
-        return "\n".join(
-            [
-                *map(line, (header, *body)),
-                f"quantized parameters: {self.weight_bytes:,} bytes with their scales, float32 "
-                f"{self.weight_float_bytes:,} ({self.compression:.2f} times smaller)",
-                f"{self.path}: {self.bytes:,} bytes on disk, float32 variables {self.float_bytes:,} "
-                f"({self.float_bytes / self.bytes:.2f} times smaller); logits {same}",
-            ]
-        )
 
 
 def save(
@@ -115,38 +60,77 @@ def save(
       UsageError: for a model of which nothing is quantized, a quantizer that cannot be stored, weights that are not
         finite, or a file that cannot be written.
     """
+    prepared = prepare(qmodel, variables, bits, inputs, call=call, config=config, num_classes=num_classes)
+    return write(path, prepared)
+
+
+class Prepared(NamedTuple):
+    """What `save` writes, checked: tensors, metadata, the model that they describe, and the report without a file."""
+
+    tensors: dict[str, np.ndarray]
+    content: dict[str, Any]
+    exported: Exported
+    report: Report
+
+
+def prepare(
+    qmodel: QuantizedModel,
+    variables: Mapping[str, Any],
+    bits: Bits,
+    inputs: Any,
+    *,
+    call: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    num_classes: int | None = None,
+) -> Prepared:
+    """All of `save` but the file; arguments and errors are its."""
     call = {"train": False} if call is None else dict(call)
     if qmodel.execute is not contract:
         raise UsageError("export: the model computes with another backend's numerics; use quant.backend='qtrain'")
     unboxed: dict[str, Any] = nn.meta.unbox(dict(variables))
-    tensors, content, rows, values = _contents(qmodel, unboxed, bits, inputs, call)
+    tensors, content, rows, values = contents(qmodel, unboxed, bits, inputs, call)
     content["config"] = None if config is None else _set(config)
     content["num_classes"] = num_classes
     exported = assembled(tensors, content, qmodel.module)
     _check_exact(exported, values)
-    difference = _difference(exported, qmodel, unboxed, bits, inputs, num_classes)
-    size = file.write(path, tensors, content)
+    widths = trained_widths(qmodel, exported)
+    each = [exported.source.requested(width) for width in widths] or [bits]
     elements = sum(row.elements for row in rows)
-    others = [value for name, value in tensors.items() if name.startswith(f"{VARIABLES}/")]
-    return Report(
-        path=os.fspath(path),
-        bytes=size,
+    one_row = sum(np.size(value) for value in jax.tree.leaves(exported.source.rest_at(exported.bits)))
+    report = Report(
+        path="",
+        bytes=0,
         weight_bytes=sum(row.bytes for row in rows),
         weight_float_bytes=4 * elements,
-        float_bytes=4 * (elements + sum(value.size for value in others)),
+        float_bytes=4 * (elements + one_row),
         rows=rows,
-        difference=difference,
+        difference=_difference(exported, qmodel, unboxed, each, inputs, num_classes),
+        separate={width: bytes_alone(exported, width) for width in widths},
+        shared=sum(value.nbytes for value in tensors.values()),
+        remark=remark(exported),
     )
+    return Prepared(tensors, content, exported, report)
 
 
-def _contents(
+def write(path: str | os.PathLike[str], prepared: Prepared) -> Report:
+    """The file of what `prepare` made; returns the report with its name and size.
+
+    Raises:
+      UsageError: where it cannot be written.
+    """
+    size = file.write(path, prepared.tensors, prepared.content)
+    return dataclasses.replace(prepared.report, path=os.fspath(path), bytes=size)
+
+
+def contents(
     qmodel: QuantizedModel, variables: dict[str, Any], bits: Bits, inputs: Any, call: dict[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any], tuple[Row, ...], dict[str, np.ndarray]]:
     """Tensors and metadata of the file, a row for each quantized parameter, and the values that its codes stand for."""
     shape = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
     # The rules as resolved for a whole pass: what a quantizer sees is in the dtype that its layer computes in.
     resolved, params = qmodel.initial(None, (shape,), call)
-    kept = below_float(quantized_weights(resolved, qmodel.rules, params), bits)
+    quantized = quantized_weights(resolved, qmodel.rules, params)
+    kept = below_float(quantized, bits)
     if not kept:
         raise UsageError(
             "export: no weight of the model is quantized below 24 bits (a float run); there are no integers to store"
@@ -176,8 +160,13 @@ def _contents(
             "axes": weight.axes,
             "stacked": weight.stacked,
             "quantizer": quantizer_json.to_json(weight.quantizer),
+            "layer": weight.path,
         }
         rows.append(Row(weight.name, weight.size, width, how.width, sum(array.nbytes for array in arrays.values())))
+    held = qmodel.held(variables, shape, **call)
+    widths, norms = qmodel.per_width, {"/".join(name): leaf.follows for name, leaf in held.leaves.items()}
+    if not any(_narrows(weight, bits) for weight in kept):  # then one row is all that can ever be used
+        variables, widths, norms = switching.select(variables, norms, widths, bits), (), {}
     others, widened = _others(variables, kept)
     tensors |= others
     rules = {path: qmodel.rules[index] for path, index in resolved.assigned.items()}
@@ -186,7 +175,9 @@ def _contents(
         "inputs": {"shape": inputs.shape, "dtype": str(inputs.dtype)},
         "call": call,
         "weights": entries,
+        "layers": {weight.path: weight.rule.weights for weight in quantized},
         "acts": {path: entry for path, rule in rules.items() if (entry := _act_entry(rule)) is not None},
+        "per_width": {"widths": widths, "rows": norms},
         "widened": widened,
     }
     return tensors, content, tuple(rows), {name: values for name, (_, _, values) in coded.items()}
@@ -256,25 +247,36 @@ def _bits_to_json(bits: Bits) -> dict[str, Any]:
     return {"layers": {path: plain(each) for path, each in bits.items()}} if isinstance(bits, Mapping) else plain(bits)
 
 
+def _narrows(weight: Weight, bits: Bits) -> bool:
+    quantizer = weight.quantizer
+    follows = weight.rule.weights is None
+    return follows and isinstance(quantizer, DoubleRounding) and weight.bits(bits) == quantizer.high
+
+
 def _difference(
     exported: Exported,
     qmodel: QuantizedModel,
     variables: Mapping[str, Any],
-    bits: Bits,
+    each: Sequence[Bits],
     inputs: Any,
     num_classes: int | None,
 ) -> float:
-    """The largest absolute difference of logits, exported against original, on a batch."""
+    """The largest absolute difference of logits, exported against original, on a batch, at `each` of some bits."""
     if isinstance(inputs, jax.ShapeDtypeStruct):
         random = np.random.default_rng(0)
         whole = jnp.issubdtype(inputs.dtype, jnp.integer)
         drawn = random.integers(0, num_classes or 2, inputs.shape) if whole else random.normal(size=inputs.shape)
         inputs = jnp.asarray(drawn, inputs.dtype)
 
+    @jax.jit
     def original(variables: Any, inputs: Any, bits: Bits) -> Array:
         rngs = {"quant": jax.random.key(EVALUATION_KEY)}
         return qmodel.apply(variables, inputs, bits=bits, rngs=rngs, **exported.call)
 
-    expected = jax.jit(original)(dict(variables), inputs, jax.tree.map(np.float32, bits))
-    found, expected = (np.asarray(x, np.float64) for x in (exported.logits(inputs), expected))
-    return float(np.max(np.abs(found - expected), initial=0.0))
+    worst = 0.0
+    for bits in each:
+        expected = original(dict(variables), inputs, jax.tree.map(np.float32, bits))
+        found = (exported.at(bits) if len(each) > 1 else exported).logits(inputs)
+        apart = np.abs(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
+        worst = max(worst, float(np.max(apart, initial=0.0)))
+    return worst

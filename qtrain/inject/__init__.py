@@ -6,6 +6,7 @@
 from qtrain.inject.execution import Choice
 from qtrain.inject.linen import QuantizedModel, quantize
 from qtrain.inject.plan import Plan, Row
+from qtrain.inject.rows_in_use import RowInUse
 from qtrain.inject.rules import Rule, default_rules, quantizer_from_config, rules_from_config
 from qtrain.inject.weights import Weight
 
@@ -14,6 +15,7 @@ __all__ = [
     "Plan",
     "QuantizedModel",
     "Row",
+    "RowInUse",
     "Rule",
     "Weight",
     "default_rules",

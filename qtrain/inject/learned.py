@@ -35,6 +35,7 @@ class Learned:
       shared: (path, name) → parameters of a layer whose scope does not reach the collection. In a pass that creates,
         what they are for a standard normal tensor: values cannot leave a transformation but by a callback.
       seen: the same from the tensors themselves, an entry for each iteration; filled while the pass runs.
+      shapes: (path, name) → what a pass that creates has made, as the layer sees it.
     """
 
     tree: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -42,6 +43,7 @@ class Learned:
     observe: bool = False
     shared: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
     seen: dict[tuple[str, str], list[Any]] = dataclasses.field(default_factory=dict)
+    shapes: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
 
     def parameters(
         self,
@@ -86,6 +88,7 @@ class Learned:
             created = quantizer.init(jax.lax.stop_gradient(x), bits, axes=axes)
         except UsageError as error:
             raise UsageError(f"layer {path!r}: its {name} by {quantizer.describe()!r}: {error}") from None
+        self.shapes[path, name] = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), created)
         if scope.is_mutable_collection(LEARNED):
             scope.put_variable(LEARNED, name, created)
             return created

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import DenyList
 
 from qtrain.cost.count import count
 from qtrain.errors import UsageError, did_you_mean
+from qtrain.inject import per_width as per_widths
 from qtrain.inject.checks import Bits, check_bits, check_paths, limits
 from qtrain.inject.execution import Choice, choose
 from qtrain.inject.learned import LEARNED, Learned
+from qtrain.inject.per_width import Held
 from qtrain.inject.plan import Plan
 from qtrain.inject.resolve import Memory, Resolved, abstract, is_array, kernels, resolve, signature, split_static
 from qtrain.inject.rows import rows
+from qtrain.inject.rows_in_use import RowInUse, has_tables, rows_in_use, tables
 from qtrain.inject.rules import Rule, default_rules
 from qtrain.inject.trace import Contract, Record, Trace
 from qtrain.inject.weights import Weight, weights
@@ -42,11 +47,12 @@ def quantize(
     execute: Contract = contract,
     widest: Precision | int | None = None,
     narrowest: Precision | int | None = None,
+    per_width: Sequence[int] = (),
 ) -> QuantizedModel:
     """Inject quantizers into a Flax linen module, whoever wrote it, without touching it.
 
     Args:
-      model: any linen module.
+      model: any linen module; an nnx one goes to `qtrain.inject.nnx.quantize`, which see.
       rules: a rule or an ordered sequence of them; None means `default_rules()`: every Dense, DenseGeneral and Conv
         follows the schedule, the first and the last of them stay at 8 bits.
       execute: what carries out a quantized contraction; the default computes in float on quantized values, or on
@@ -56,13 +62,15 @@ def quantize(
         more than 8: such a layer has both and switches between them (``lax.cond``), which is right at any width. Bits
         that are Python numbers speak for themselves.
       narrowest: the fewest bits that traced ones will ever take; above 8 no codes hold them, which `plan` then says.
+      per_width: widths, such as (8, 6, 4, 2), for each of which norm layers have variables of their own (switchable
+        batch norm, Yu et al., Slimmable Neural Networks, ICLR 2019); () for one set. See `QuantizedModel.per_width`.
 
     Returns:
       A `QuantizedModel`, whose ``init`` gives the parameters that ``model.init`` gives, bit for bit.
 
     Raises:
-      UsageError: when `model` is not a linen module or a rule is none. What depends on the shapes (a rule that matches
-        nothing) is raised by `plan`, `init` and `apply`.
+      UsageError: when `model` is not a linen module, a rule is none, or `per_width` holds what is no width. What
+        depends on the shapes (a rule that matches nothing) is raised by `plan`, `init` and `apply`.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp
     >>> qmodel = quantize(nn.Sequential([nn.Dense(16), nn.relu, nn.Dense(2)]), Rule())
@@ -70,13 +78,19 @@ def quantize(
     >>> qmodel.apply(variables, jnp.ones((1, 4)), bits=Precision(weights=4, acts=4)).shape
     (1, 2)
     """
+    if "flax.nnx" in sys.modules and isinstance(model, sys.modules["flax.nnx"].Module):
+        from qtrain.inject import nnx  # here: importing nnx takes a while, and most runs have no use for it
+
+        limited: Any = {"widest": widest, "narrowest": narrowest, "per_width": per_width}
+        return nnx.quantize(model, rules, execute=execute, **limited)  # type: ignore[return-value]
     if not isinstance(model, nn.Module):
         raise UsageError(f"quantize: {type(model).__name__} is not a flax.linen.Module instance")
     rules = default_rules() if rules is None else (rules,) if isinstance(rules, Rule) else tuple(rules)
     for rule in rules:
         if not isinstance(rule, Rule):
             raise UsageError(f"quantize: rules hold {rule!r}; give qtrain.Rule objects")
-    return QuantizedModel(model, rules, execute, limits("widest", widest), limits("narrowest", narrowest))
+    ends = limits("widest", widest), limits("narrowest", narrowest)
+    return QuantizedModel(model, rules, execute, *ends, per_width=per_widths.checked(per_width))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,6 +103,13 @@ class QuantizedModel:
       execute: what carries out a quantized contraction.
       widest, narrowest: per kind, the range of traced bits, Python ints; None where it is not known.
       choices: path → how the layer's products are computed, whatever the shapes of a call; see `with_choices`.
+      per_width: descending widths, or (). With n of them the ``params`` and ``batch_stats`` of norm layers (linen's
+        BatchNorm, LayerNorm, RMSNorm, GroupNorm and InstanceNorm, and any other module that keeps ``batch_stats``) have
+        a leading axis of n rows, of which a call uses one and gives the others back as they are. The row is that of
+        the weight bits of the layer before the norm: the last one executed that follows the schedule, else the first
+        after it; so that bits for each path mix rows. Bits that are none of the widths take the row of the nearest one
+        below, else of the lowest; the float model (``bits=None``), and a model none of whose layers follows the
+        schedule, the first row. The row is data: one program serves all widths.
     """
 
     module: nn.Module
@@ -97,6 +118,7 @@ class QuantizedModel:
     widest: Precision = dataclasses.field(default_factory=Precision)
     narrowest: Precision = dataclasses.field(default_factory=Precision)
     choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
+    per_width: tuple[int, ...] = ()
     _memory: Memory = dataclasses.field(default_factory=Memory, init=False, repr=False)
 
     def init(self, rngs: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> dict[str, Any]:
@@ -107,17 +129,20 @@ class QuantizedModel:
           bits: the precision for which learned parameters begin; None: 8 bits, for those whose beginning depends on it.
 
         Returns:
-          ``params`` and whatever other collections the model has, equal to the plain model's bit for bit; ``quant``:
-          learned quantizer parameters (empty when no quantizer learns any), those of activations as they should be for
-          the given input: see `calibrate`; ``quant_stats``, only if a quantizer keeps running ranges: they start empty
-          (count 0) and no gradient ever reaches them.
+          ``params`` and whatever other collections the model has, equal to the plain model's bit for bit (as is each
+          row of what is held `per_width`); ``quant``: learned quantizer parameters (empty when no quantizer learns
+          any), those of activations as they should be for the given input: see `calibrate`; ``quant_stats``, only if a
+          quantizer keeps running ranges: they start empty (count 0) and no gradient ever reaches them.
 
         Raises:
           UsageError: for a rule that does nothing, or running ranges that cannot be kept.
         """
-        return self._init(rngs, args, kwargs, bits)[0]
+        variables, learned = self._init(rngs, args, kwargs, bits)
+        self._find_tables(variables[LEARNED], learned, rngs, args, kwargs)
+        return per_widths.broadcast(variables, self._memory.held, self.per_width) if self.per_width else variables
 
     def _init(self, rngs: Any, args: Any, kwargs: Any, bits: Bits | None) -> tuple[dict[str, Any], Learned]:
+        """The variables as the plain model has them, without rows, and what quantizers have created."""
         resolved = self._resolve(None, rngs, args, kwargs)
         learned = Learned(create=True)
         options: dict[str, Any] = {"create_statistics": True, "initial_bits": bits, "learned": learned}
@@ -125,6 +150,25 @@ class QuantizedModel:
         with nn.intercept_methods(trace.intercept):
             variables = dict(self.module.init(_retraced(rngs), *args, **kwargs))
         return {**variables, LEARNED: learned.merged(variables.get(LEARNED, {}))}, learned
+
+    def _find_tables(self, quant: Any, learned: Learned, rngs: Any, args: Any, kwargs: Any) -> None:
+        """Remember which learned parameters have a row for each width, and on which axis."""
+        if not has_tables(self.rules):
+            return
+
+        def shapes(rules: Sequence[Rule]) -> Any:
+            other = dataclasses.replace(self, rules=tuple(rules))
+            dynamic, rebuild = split_static((rngs, args, kwargs))
+
+            def initialise(dynamic: list[Any]) -> Any:
+                inner_rngs, inner_args, inner_kwargs = rebuild(dynamic)
+                return other._init(inner_rngs, inner_args, inner_kwargs, None)[0][LEARNED]
+
+            return jax.eval_shape(initialise, dynamic)
+
+        assigned = self._resolve(None, rngs, args, kwargs).assigned
+        known = self._memory.tables or {}
+        self._memory.tables = tables(quant, learned.shapes, self.rules, assigned, shapes, known)
 
     def calibrate(
         self, variables: Mapping[str, Any], *args: Any, bits: Bits, rngs: Any = None, **kwargs: Any
@@ -210,7 +254,13 @@ class QuantizedModel:
             ``execution="native"`` where it cannot run: numbers above 8 as `bits`, say.
         """
         if bits is None:
-            return self.module.apply(variables, *args, rngs=rngs, mutable=mutable, method=method, **kwargs)
+            held = self.held(variables, *args, rngs=rngs, **_with_method(kwargs, method))
+            if held.leaves:
+                per_widths.without_rows(variables, held, self.per_width)
+            rows = per_widths.indices(held, None, self.per_width, {})
+            bare = per_widths.selected(variables, rows) if rows else variables
+            out = self.module.apply(bare, *args, rngs=rngs, mutable=mutable, method=method, **kwargs)
+            return self._scattered(out, variables, rows, mutable)
         return self._apply(variables, args, kwargs, bits, rngs, mutable, method, self._paths)
 
     def _apply(
@@ -227,10 +277,32 @@ class QuantizedModel:
     ) -> Any:
         """`apply` with the products carried out as `paths` says; None: in float."""
         check_bits(bits)
+        held = self.held(variables, *args, rngs=rngs, **_with_method(kwargs, method))
+        shapes = per_widths.without_rows(variables, held, self.per_width) if held.leaves else variables
+        resolved = self._resolve(shapes, rngs, args, kwargs, mutable, method)
+        check_paths(bits, resolved, self.rules)
+        per_widths.check_known(variables, held, bits)
+        rows = per_widths.indices(held, bits, self.per_width, resolved.modules)
+        bare = per_widths.selected(variables, rows) if rows else variables
+        out = self._run(resolved, bare, args, kwargs, bits, rngs, mutable, method, paths, learned)
+        return self._scattered(out, variables, rows, mutable)
+
+    def _run(
+        self,
+        resolved: Resolved,
+        variables: Mapping[str, Any],
+        args: Any,
+        kwargs: Any,
+        bits: Bits,
+        rngs: Any,
+        mutable: Any,
+        method: Any,
+        paths: Callable[[Rule, Record, Precision], Paths] | None = None,
+        learned: Learned | None = None,
+    ) -> Any:
+        """`_apply` on the variables of the plain model."""
         if learned is None:
             learned = Learned(variables.get(LEARNED, {}))
-        resolved = self._resolve(variables, rngs, args, kwargs, mutable, method)
-        check_paths(bits, resolved, self.rules)
         options: dict[str, Any] = {"contract": self.execute, "choose": paths, "learned": learned}
         trace = Trace(self.rules, resolved.assigned, bits, _seed(rngs), **options)
         with nn.intercept_methods(trace.intercept):
@@ -242,6 +314,66 @@ class QuantizedModel:
                 "inside the model (nn.jit with a restricted rngs=) replays an older trace; let it lift every stream"
             )
         return out
+
+    def _scattered(self, out: Any, variables: Any, rows: Mapping[Any, Any], mutable: Any) -> Any:
+        """What a call returns, with the collections it has written in their rows."""
+        if not rows or mutable is False:
+            return out
+        result, updated = out
+        return result, per_widths.scattered(updated, variables, rows, self.per_width)
+
+    def held(self, variables: Any, *args: Any, rngs: Any = None, **kwargs: Any) -> Held:
+        """Which variables are held `per_width`, and the layer that each follows; arguments as for `apply`.
+
+        Nothing is computed. Where `variables` has what the model was not seen with before, a pass of shapes through its
+        ``init`` tells.
+        """
+        memory = self._memory
+        if self.per_width and not per_widths.named(variables).keys() <= memory.held.known:
+            key = jax.random.key(0)
+            keys = rngs if isinstance(rngs, Mapping) else {} if rngs is None else {"params": rngs}
+            abstract_args, abstract_kwargs = jax.tree.map(abstract, (args, kwargs))
+            self._resolve(None, {"params": key, "dropout": key, **keys}, abstract_args, abstract_kwargs)
+        return memory.held
+
+    def rows(self, bits: Bits | None, variables: Any) -> dict[tuple[str, ...], RowInUse]:
+        """Of the variables that have a row for each width, the rows that a step at `bits` uses.
+
+        Of norm layers those of `per_width`; of quantizers' learned tables (``LSQ(across_bits="table")``) the row of the
+        layer's own bits of that kind, which a rule may fix.
+
+        Args:
+          bits: as `apply` takes them.
+          variables: ``{"params": …, "quant": …}``, arrays or shapes; what else there is has no rows.
+
+        Returns:
+          Name, such as ``("params", "BatchNorm_0", "scale")``, → axis (static) and row (int32, data). For
+          `qtrain.optim.only_rows_in_use`.
+
+        Raises:
+          UsageError: when neither `init` nor `plan` has been called; a mapping of `bits` without a layer that a norm
+            follows.
+        """
+        held, found = self._memory.held, self._memory.tables
+        if (self.per_width and not held.known) or (found is None and has_tables(self.rules)):
+            raise UsageError("rows: call plan or init before: which variables have rows is not known yet")
+        return rows_in_use(bits, variables, held, self.per_width, found or {})
+
+    def with_rows(self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """Variables of the plain model, such as a float checkpoint's, with equal rows for each of `per_width`.
+
+        Args:
+          variables: by collection, without rows.
+          *args, **kwargs: the model's arguments, for their shapes; as for `plan`.
+
+        >>> import flax.linen as nn, jax, jax.numpy as jnp
+        >>> model = nn.Sequential([nn.Dense(16), nn.LayerNorm(), nn.Dense(2)])
+        >>> variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> rows = quantize(model, Rule(), per_width=(8, 4, 2)).with_rows(variables, jnp.ones((1, 4)))
+        >>> rows["params"]["layers_1"]["scale"].shape
+        (3, 16)
+        """
+        return per_widths.broadcast(variables, self.held(variables, *args, rngs=rngs, **kwargs), self.per_width)
 
     def _paths(self, rule: Rule, record: Record, bits: Precision | None = None) -> Paths:
         return self._choose(rule, record, bits).paths
@@ -276,6 +408,7 @@ class QuantizedModel:
         def initialise(dynamic: list[Any]) -> dict[str, Any]:
             inner_args, inner_kwargs = rebuild(dynamic)
             variables, learned = self._init(rngs, inner_args, inner_kwargs, None)
+            self._find_tables(variables[LEARNED], learned, rngs, inner_args, inner_kwargs)
             shared.update(path for path, _ in learned.shared)
             return variables
 
@@ -286,16 +419,21 @@ class QuantizedModel:
         method = abstract_kwargs.pop("method", None)
 
         def forward(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            bits = Precision(weights=8, acts=8, grads=8)  # any: the marker, not the value, says what is quantized
+            # Any: the marker, not the value, says what is quantized. Traced, since some quantizers know no 8 bits, but
+            # for a backend of another library, which may know no traced ones.
+            eight = jnp.full((), 8.0) if self.execute is contract else 8
+            bits = Precision(weights=eight, acts=eight, grads=eight)
             # Products in float whatever the rules say: the count describes the model, not the formulation, which on
             # codes has corrections for zero points, and both branches of a switch.
-            return self._apply(variables, args, kwargs, bits, rngs, _STATE, method, None)
+            return self._run(resolved, variables, args, kwargs, bits, rngs, _STATE, method)
 
         resolved = self._resolve(variables, rngs, abstract_args, abstract_kwargs, _STATE, method)
         choices = self._choices(resolved)
         ops = count(forward, variables, *abstract_args, **abstract_kwargs)
         unused = [rule.path for index, rule in enumerate(self.rules) if index not in resolved.assigned.values()]
-        return Plan(rows(resolved, self.rules, ops, shared), ops, tuple(unused)).with_choices(choices)
+        norms = self._memory.held.modules
+        plan = Plan(rows(resolved, self.rules, ops, shared), ops, tuple(unused), {}, self.per_width, norms)
+        return plan.with_choices(choices)
 
     def weights(self, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Weight, ...]:
         """The parameters that are quantized, an entry each, in order of execution; arguments as for `plan`."""
@@ -356,16 +494,23 @@ class QuantizedModel:
             rngs = _retraced(inner_rngs)
             with nn.intercept_methods(trace.intercept):
                 if inner_variables is None:
-                    return self.module.init(rngs, *inner_args, **inner_kwargs).get("params", {})
+                    return per_widths.of_norms(self.module.init(rngs, *inner_args, **inner_kwargs))
                 self.module.apply(
                     inner_variables, *inner_args, rngs=rngs, mutable=mutable, method=method, **inner_kwargs
                 )
 
         created = jax.eval_shape(record, dynamic)
-        owners = kernels(created if variables is None else variables.get("params", {}))
+        owners = kernels((created if variables is None else variables).get("params", {}))
         resolved = resolve(self.rules, trace, owners, self._memory, initialising=variables is None)
+        if self.per_width and variables is None:
+            found = per_widths.find(trace, created, self.rules, resolved.assigned)
+            self._memory.held = self._memory.held.merged(found)
         self._memory.put(key, resolved)
         return resolved
+
+
+def _with_method(kwargs: Mapping[str, Any], method: Any) -> dict[str, Any]:
+    return dict(kwargs) if method is None else {**kwargs, "method": method}
 
 
 def _seed(rngs: Any) -> Array | None:

@@ -59,13 +59,17 @@ class Plan:
 
     Iterating gives its rows, in order of execution; ``str(plan)`` is a readable table; `ops` are the counted operations
     that `qtrain.cost` prices; `unused` are the paths of rules that are never used, because earlier ones cover all that
-    they match; `choices` are, by path, those of the layers whose rule asks for more than float arithmetic.
+    they match; `choices` are, by path, those of the layers whose rule asks for more than float arithmetic; `per_width`
+    are the widths for each of which norm layers have variables, and `norms`, by path, the layers whose weight bits say
+    which are used (None: none does, the first are).
     """
 
     rows: tuple[Row, ...]
     ops: Ops
     unused: tuple[str, ...] = ()
     choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
+    per_width: tuple[int, ...] = ()
+    norms: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -156,7 +160,17 @@ class Plan:
         unused = [f"rule path={path!r} is never used: earlier rules cover what it matches" for path in self.unused]
         reasons = dict.fromkeys(reason for choice in self.choices.values() for reason in choice.reasons.values())
         advice = [f"float: {reason}" for reason in reasons if "; " in reason]
-        return "\n".join([line(header), rule, *map(line, body), summary, *advice, *unused])
+        held = [self._norms_in_words()] if self.per_width else []
+        return "\n".join([line(header), rule, *map(line, body), summary, *held, *advice, *unused])
+
+    def _norms_in_words(self) -> str:
+        widths = ", ".join(map(str, self.per_width))
+        if not self.norms:
+            return f"no norm layer has variables to hold for each of {widths} bits"
+        examples = [f"{norm} by {layer or 'none'}" for norm, layer in self.norms.items()][:3]
+        more = ", …" if len(self.norms) > len(examples) else ""
+        layers = f"{len(self.norms)} norm layer{'s' if len(self.norms) > 1 else ''}"
+        return f"{layers} held for each of {widths} bits, chosen by a layer's weight bits: {', '.join(examples)}{more}"
 
     def dumps(self) -> str:
         """The rows as JSON text."""

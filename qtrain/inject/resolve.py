@@ -11,6 +11,8 @@ import numpy as np
 
 from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError
+from qtrain.inject.per_width import Held
+from qtrain.inject.rows_in_use import Table
 from qtrain.inject.rules import Rule, assign, check_rules
 from qtrain.inject.trace import Record, Trace, check_statistics
 
@@ -35,7 +37,7 @@ class Resolved:
 
 
 class Memory:
-    """What was resolved, by the shapes it was resolved for; and the order of the layers in a whole pass.
+    """What was resolved, by the shapes it was resolved for; the order of the layers in a whole pass; what is per width.
 
     Bounded, since an eager loop may bring new Python numbers or lambdas for ever.
     """
@@ -45,6 +47,8 @@ class Memory:
         self._entries: dict[Hashable, Resolved] = {}
         self.order: tuple[str, ...] = ()
         self.covered: frozenset[str] = frozenset()
+        self.held = Held()
+        self.tables: dict[tuple[str, ...], Table] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -84,6 +84,10 @@ class Trace:
       initial_bits: with `create_statistics`, the bits for which learned parameters are created.
       contract: carries out a quantized contraction.
       choose: how its products are computed, from the rule, what was seen, and the bits; None: in float.
+      records, modules, notes: what was seen: the layers in order of execution, the type of every module, and why a
+        layer cannot be quantized; all by path.
+      types, reached: by path, the classes of the modules there (several where these share a scope), and how many layers
+        had been executed when the first was called.
     """
 
     rules: tuple[Rule, ...] = ()
@@ -98,6 +102,8 @@ class Trace:
     records: dict[str, Record] = dataclasses.field(default_factory=dict)
     modules: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    types: dict[str, set[type]] = dataclasses.field(default_factory=dict)
+    reached: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def intercept(self, call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         """The linen interceptor: for the time of its call, a supported layer has another contraction."""
@@ -110,6 +116,8 @@ class Trace:
             return call(*args, **kwargs)
         path = "/".join(module.path)
         self.modules.setdefault(path, type(module).__name__)
+        self.types.setdefault(path, set()).add(type(module))
+        self.reached.setdefault(path, len(self.records))
         found = next((spec for kind, spec in _LAYERS.items() if isinstance(module, kind)), None)
         if context.method_name != "__call__" or found is None:
             if isinstance(module, _NOT_REACHED):

@@ -114,7 +114,9 @@ def scale_by_alrs(
       learning_rate: lr, or a schedule over the updates (one for each width of a step).
       sign: of `alrs_rate`.
       base: a transform with learning rate 1 that does not descend by itself, such as ``optax.trace(0.9)``; by default
-        the gradient itself. A row of a table whose width is not the update's still moves by its momentum.
+        the gradient itself, which is what is stable where several widths train one scale: its gradient grows by 2^Δ
+        and more as they narrow, which η_b undoes, but a momentum carries it into the next update at the widest, where
+        η is 1. Without `qtrain.optim.only_rows_in_use` a row whose width is not the update's moves by its momentum.
 
     Returns:
       The transform; ``update(updates, state, params, *, width=None, **extra)``. State: `AlrsState`.

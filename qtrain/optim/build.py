@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
 import optax
 
+from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.optim.codes import Codes
 from qtrain.optim.freezing import freeze_oscillations, freezing_threshold
@@ -43,6 +44,8 @@ OPTIMIZERS = (
 TRANSITION = {"sgdt": "sgd", "adamt": "adam", "adamwt": "adamw"}
 """Optimizers whose latent quantized weights move at a transition-adaptive rate, and what they scale."""
 
+ScaleTransform = Callable[[optax.Schedule, optax.GradientTransformation], optax.GradientTransformation]
+
 NAMES = tuple(sorted((*OPTIMIZERS, *TRANSITION)))
 """What ``optimizer.name`` may be."""
 
@@ -57,15 +60,21 @@ class Groups:
         all are ordinary.
       codes: of the quantized weights, for `scale_by_transition_rate` and `track_oscillations`.
       decode: the values of such codes, for `freeze_oscillations`.
+      held: names, ("params", …, "scale"), of leaves whose first axis is a row for each width: no axis of a kernel.
     """
 
     labels: Callable[[Any], Any] | None = None
     codes: Codes | None = None
     decode: Callable[..., Any] | None = None
+    held: frozenset[tuple[str, ...]] = frozenset()
 
 
 def optimizer(
-    config: Mapping[str, Any], total_steps: int, steps_per_epoch: int, groups: Groups | None = None
+    config: Mapping[str, Any],
+    total_steps: int,
+    steps_per_epoch: int,
+    groups: Groups | None = None,
+    scales: ScaleTransform | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The optimizer a config names: clipping, weight decay, the transform, accumulation.
 
@@ -84,6 +93,9 @@ def optimizer(
       total_steps: training steps (micro-batches).
       steps_per_epoch: of the training data.
       groups: which parameter belongs to which group; None: all are ordinary.
+      scales: ``(learning rate, direction) -> transform`` of learned scales, in place of the named optimizer's;
+        `direction` is a transform that makes the gradient with its weight decay. None: scales are optimized as named.
+        The other learned quantizer parameters (offsets) are, in either case.
 
     Returns:
       The transform, and the learning rate as a function of its updates. A transform with a transition rate needs
@@ -104,7 +116,8 @@ def optimizer(
     if not 0 <= config["momentum"] < 1:
         raise UsageError(f"optimizer.momentum={config['momentum']!r}: give a number from 0 to below 1")
     schedule = learning_rate_schedule(config, total_steps, steps_per_epoch, every)
-    ordinary = _base(config, schedule, config["weight_decay"])
+    held = frozenset() if groups is None else groups.held
+    ordinary = _base(config, schedule, config["weight_decay"], held)
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
     if groups is None or groups.labels is None:
         if name in TRANSITION:
@@ -119,7 +132,7 @@ def optimizer(
         factor = own / config["learning_rate"]
         parts = {
             "params": ordinary,
-            "quant": _base({**config, "decay": "all"}, lambda step: factor * schedule(step), quant["weight_decay"]),
+            "quant": _quantizers(config, lambda step: factor * schedule(step), scales),
             "width": optax.adam(lambda step: quant["width_learning_rate"] / config["learning_rate"] * schedule(step)),
             "frozen": optax.set_to_zero(),
         }
@@ -134,6 +147,23 @@ def optimizer(
         steps = optax.MultiSteps(transform, every_k_schedule=every)
         transform = optax.GradientTransformationExtraArgs(steps.init, steps.update)
     return optax.with_extra_args_support(transform), schedule
+
+
+def _quantizers(
+    config: Mapping[str, Any], rate: optax.Schedule, scales: ScaleTransform | None
+) -> optax.GradientTransformation:
+    """The transform of learned quantizer parameters but widths."""
+    whole = {**config, "decay": "all"}
+    decay = config["quant"]["weight_decay"]
+    ordinary = _base(whole, rate, decay)
+    if scales is None:
+        return ordinary
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        return "scale" if getattr(path[-1], "key", None) == "scale" else "other"
+
+    parts = {"scale": scales(rate, optax.add_decayed_weights(decay) if decay else optax.identity()), "other": ordinary}
+    return optax.partition(parts, lambda tree: jax.tree_util.tree_map_with_path(label, tree))
 
 
 def transition_from_config(
@@ -195,7 +225,9 @@ def _oscillation(
         raise UsageError(f"optimizer.oscillation: {error}") from None
 
 
-def _base(config: Mapping[str, Any], rate: float | optax.Schedule, decay: float) -> optax.GradientTransformation:
+def _base(
+    config: Mapping[str, Any], rate: float | optax.Schedule, decay: float, held: Collection[tuple[str, ...]] = ()
+) -> optax.GradientTransformation:
     """The named transform of optax at a learning rate, with its weight decay."""
     name = TRANSITION.get(config["name"], config["name"])
     function: Callable[..., optax.GradientTransformation] = getattr(optax, name)
@@ -203,7 +235,7 @@ def _base(config: Mapping[str, Any], rate: float | optax.Schedule, decay: float)
     arguments: dict[str, Any] = {}
     if name == "sgd":
         arguments |= {"momentum": config["momentum"] or None, "nesterov": config["nesterov"]}
-    mask = _decay_mask(config["decay"])
+    mask = _decay_mask(config["decay"], held)
     chain = []
     if "weight_decay" in parameters:
         arguments["weight_decay"] = decay
@@ -236,9 +268,13 @@ def _dry_run(transform: optax.GradientTransformation) -> None:
     jax.eval_shape(lambda tree: transform.update(tree, transform.init(tree), tree), {"kernel": leaf})
 
 
-def _decay_mask(decay: str) -> Any:
+def _decay_mask(decay: str, held: Collection[tuple[str, ...]]) -> Any:
     if decay not in ("kernels", "all"):
         raise UsageError(f"optimizer.decay={decay!r}: give 'kernels' (tensors of two and more axes) or 'all'")
     if decay == "all":
         return None
-    return lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    def of_a_kernel(path: Any, leaf: Any) -> bool:
+        return bool(leaf.ndim - (leaf_name(path) in held) > 1)
+
+    return lambda params: jax.tree_util.tree_map_with_path(of_a_kernel, params)

@@ -37,6 +37,8 @@ from qtrain.quantizers.parameters import (
 NARROWEST = 2
 """The formula's codes of one bit are −1 and 0, which is no grid to train on."""
 
+_PIECE = 1 << 16  # codes at a time, which stay in the cache
+
 
 @dataclasses.dataclass(frozen=True)
 class DoubleRounding(GridQuantizer):
@@ -259,6 +261,8 @@ def shift(codes: Any, delta: Any, high: int = 8) -> Any:
     [-2 -2  0  0  1  1  1]
     """
     _check_shift(codes, delta, high)
+    if _numpy(codes, delta) and np.ndim(codes) and not np.ndim(delta):
+        return _shifted_in_pieces(codes, int(delta), high)
     xp: Any = np if _numpy(codes, delta) else jnp
     delta = xp.asarray(delta).astype(np.int32)
     one = xp.asarray(1, np.int32)
@@ -268,6 +272,25 @@ def shift(codes: Any, delta: Any, high: int = 8) -> Any:
     delta = delta.astype(codes.dtype)
     codes = xp.minimum(codes, top)
     return (codes + (below_half + ((codes >> delta) & parity))) >> delta
+
+
+def _shifted_in_pieces(codes: np.ndarray, delta: int, high: int) -> np.ndarray:
+    """`shift` by one Δ without temporaries of full size: what a server waits for when it changes the width."""
+    shifted = np.empty(codes.shape, codes.dtype)
+    source, target, number = codes.reshape(-1), shifted.reshape(-1), codes.dtype.type
+    # An array, since NumPy takes the minimum of an array and a number one element at a time.
+    top = np.full(min(source.size, _PIECE), 2 ** (high - 1) - 2**delta, codes.dtype)
+    clipped = np.empty_like(top)
+    by, below_half, parity = number(delta), number(max(2**delta // 2, 1) - 1), number(min(delta, 1))
+    for first in range(0, source.size, _PIECE):
+        piece = target[first : first + _PIECE]
+        kept = np.minimum(source[first : first + _PIECE], top[: piece.size], out=clipped[: piece.size])
+        np.right_shift(kept, by, out=piece)
+        piece &= parity
+        piece += below_half
+        piece += kept
+        piece >>= by
+    return shifted
 
 
 def bare_shift(codes: Any, delta: Any, high: int = 8) -> Any:

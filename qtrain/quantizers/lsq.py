@@ -30,6 +30,7 @@ from qtrain.quantizers.parameters import (
     elements_per_scale,
     mean_and_deviation,
     stored,
+    table_row,
     usable,
 )
 from qtrain.quantizers.scales import reduce_range
@@ -151,9 +152,9 @@ class LSQ(GridQuantizer):
     def init(self, x: Array, bits: Any = 8, *, axes: Axes | None = None) -> dict[str, Array]:
         """Initial parameters for a tensor like `x` at `bits`; see ``initial``, and `Quantizer.init`.
 
-        24 bits and above, at which nothing is rounded, count as 8.
+        24 bits and above, at which nothing is rounded, count as 8. A table has an initial value for each of its widths,
+        whatever `bits` are.
         """
-        self._check_width(bits)
         values, bits, view = calibration(x, bits, self.per, axes)
         if self.across_bits != "table":
             params = {name: as_stored(value, view) for name, value in self._initial(values, bits, view).items()}
@@ -209,7 +210,7 @@ class LSQ(GridQuantizer):
         if self.widths is None:
             return stored(self, params, name, view)
         table = stored(self, params, name, view, (len(self.widths),))
-        value = table[0]
-        for row, width in zip(table[1:], self.widths[1:], strict=True):
-            value = jnp.where(bits >= width, row, value)
+        index, value = table_row(self.widths, bits), table[0]
+        for row in range(1, len(self.widths)):
+            value = jnp.where(index >= row, table[row], value)
         return value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,3 +91,15 @@ def check_widths(widths: tuple[int, ...]) -> None:
     whole = all(isinstance(width, int | np.integer) and not isinstance(width, bool) for width in widths)
     if not widths or not whole or list(widths) != sorted(set(widths)) or widths[0] < 1 or widths[-1] >= FLOAT_BITS:
         raise UsageError(f"widths={widths!r}: give different whole numbers of bits from 1 to 23, ascending")
+
+
+def table_row(widths: Sequence[int], bits: Any) -> Array:
+    """The row of `bits` in a table of ascending `widths`, int32: the nearest width at or below, else the lowest.
+
+    >>> print(table_row((2, 4, 8), jnp.array([1, 2, 5, 8, 16])))
+    [0 0 1 2 2]
+    """
+    row = jnp.zeros(jnp.shape(bits), jnp.int32)
+    for width in widths[1:]:
+        row = row + (bits >= width)
+    return row

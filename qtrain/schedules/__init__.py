@@ -8,7 +8,7 @@ steps. 24 bits and more leave a tensor as it is; 32 is written for "not quantize
 >>> s(4000)
 Array(5., dtype=float32)
 
-- `constant`, `linear`, `piecewise` (also called `step`);
+- `constant`, `linear`, `piecewise` (also called `step`), `rounds`;
 - `cyclic`, and the ten schedules of Wolfe & Kyrillidis 2024: `suite`, `by_name`, in the `GROUPS` of what they save;
 - `window` (a deficit), `delayed` (late quantization), `join`, `clip`, `shift`: schedules made of schedules or bits;
 - `from_config`, `precisions_from_config`: from a config's plain mapping; `PrecisionSchedule`: ``step -> Precision``;
@@ -18,7 +18,7 @@ Array(5., dtype=float32)
 A wrong parameter raises `qtrain.errors.UsageError` when the schedule is built. Importing this imports no matplotlib.
 """
 
-from qtrain.schedules.basic import Constant, Linear, Piecewise, constant, linear, piecewise, step
+from qtrain.schedules.basic import Constant, Linear, Piecewise, Rounds, constant, linear, piecewise, rounds, step
 from qtrain.schedules.combinators import (
     Clipped,
     Delayed,
@@ -50,6 +50,7 @@ __all__ = [
     "Linear",
     "Piecewise",
     "PrecisionSchedule",
+    "Rounds",
     "Schedule",
     "ScheduleLike",
     "Shifted",
@@ -69,6 +70,7 @@ __all__ = [
     "piecewise",
     "precisions_from_config",
     "relative_cost",
+    "rounds",
     "saving",
     "shift",
     "step",

@@ -1,4 +1,4 @@
-"""Constant, linear and piecewise constant bits."""
+"""Constant, linear and piecewise constant bits, and rounds of widths."""
 
 from __future__ import annotations
 
@@ -99,6 +99,26 @@ class Piecewise(Schedule):
         return max(bits for first, last, bits in pieces if first < run and first <= last)
 
 
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rounds(Schedule):
+    """A list of widths, over and over; see `rounds`."""
+
+    builder = "rounds"
+    values: tuple[int, ...]
+
+    def __post_init__(self):
+        if isinstance(self.values, str) or not isinstance(self.values, Sequence | np.ndarray) or not len(self.values):
+            raise UsageError(f"values={shown(self.values)}: must be a list of bits, one at least")
+        values = tuple(whole_bits(f"values[{i}]", bits) for i, bits in enumerate(self.values))
+        object.__setattr__(self, "values", values)
+
+    def _bits(self, step: jax.Array) -> jax.Array:
+        return jnp.asarray(self.values, jnp.float32)[step % len(self.values)]
+
+    def _highest(self, total_steps: int | None) -> int:
+        return max(self.values if total_steps is None else self.values[:total_steps])
+
+
 def constant(bits: int) -> Constant:
     """The same bits at every step: ``q(t) = bits``. With 32 it means "not quantized".
 
@@ -152,6 +172,23 @@ def piecewise(boundaries: Sequence[int], values: Sequence[int]) -> Piecewise:
     [4.0, 4.0, 6.0, 6.0, 6.0, 8.0, 8.0]
     """
     return Piecewise(boundaries, values)  # type: ignore[arg-type]
+
+
+def rounds(values: Sequence[int]) -> Rounds:
+    """A list of widths, over and over: ``q(t) = values[t mod n]`` for n values.
+
+    For training several widths at once: each of a round's n steps takes the same batch (``data.repeat`` n).
+
+    Args:
+      values: bits of each step of a round, 1 to 32, at least one of them.
+
+    Raises:
+      UsageError: when there is none, or a value is no bit width.
+
+    >>> rounds([8, 6, 4, 2])(np.arange(6)).tolist()
+    [8.0, 6.0, 4.0, 2.0, 8.0, 6.0]
+    """
+    return Rounds(values)  # type: ignore[arg-type]
 
 
 step = piecewise

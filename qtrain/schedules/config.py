@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.schedules.basic import constant, linear, piecewise
+from qtrain.schedules.basic import constant, linear, piecewise, rounds
 from qtrain.schedules.combinators import delayed, window
 from qtrain.schedules.cycles import PROFILES, SUITE, by_name, cyclic
 from qtrain.schedules.schedule import FLOAT_BITS, MOST_STEPS, Schedule, increasing_steps, one_of, shown, whole_number
@@ -22,6 +22,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "float": (),
     "linear": ("start_bits", "end_bits", "high", "low", "begin"),
     "piecewise": ("boundaries", "values"),
+    "rounds": ("values",),
     "cyclic": ("profile", "low", "high", "cycles", "pattern", "reflection", "rate", "beta", "cycle_length"),
     **{name: ("low", "high", "cycles", "rate", "beta", "cycle_length") for name in SUITE},
     "window": ("start", "length", "inside", "outside", "low", "high"),
@@ -57,6 +58,7 @@ def from_config(mapping: Any, total_steps: int, path: str = "schedule") -> Sched
     float             none: 32 bits, not quantized
     linear            start_bits (default `high`), end_bits (default `low`), begin_steps | begin_percent (default 0)
     piecewise         boundaries_steps | boundaries_percent, values
+    rounds            values: step t has the t-th of them, from the first again after the last
     cyclic            profile, low, high, cycles; pattern, cycle_length; rate (exponential), beta (rex), reflection
                       (triangular)
     CR CT LR LT ER    low, high, cycles; cycle_length; rate (E…), beta (R…)
@@ -182,6 +184,8 @@ def _construct(name: str, given: dict[str, Any], total_steps: int, path: str) ->
         return linear(need("start_bits", "high"), need("end_bits", "low"), total_steps, given.get("begin", 0))
     if name == "piecewise":
         return _piecewise(need("boundaries"), need("values"), collapse="boundaries_percent" in given)
+    if name == "rounds":
+        return rounds(need("values"))
     if name == "window":
         return window(need("start"), need("length"), need("inside", "low"), need("outside", "high"))
     if name == "delayed":

@@ -1,0 +1,204 @@
+"""A search over the layers of a trained run: traces, errors, costs, the assignment asked for, the front, accuracies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from qtrain import sharding
+from qtrain import workdir as workdirs
+from qtrain.checkpoint import restore
+from qtrain.errors import UsageError
+from qtrain.experiment import Experiment, build
+from qtrain.manifest import folders
+from qtrain.search.evaluate import evaluate, training_batches
+from qtrain.search.integer_program import front, solve
+from qtrain.search.problem import (
+    Problem,
+    check_widths,
+    curvatures,
+    expected_rise,
+    layer_costs,
+    precisions,
+    searched_layers,
+    squared_errors,
+)
+from qtrain.sensitivity import DRAWS, weight_traces
+
+VERSION = 1
+"""Of the layout of ``search.json``."""
+BATCHES, POINTS = 4, 24
+ASKED = "assignment"
+
+
+def search_run(
+    workdir: str | os.PathLike[str],
+    unit: str,
+    budget: float | str,
+    widths: Sequence[int] = (),
+    *,
+    batches: int = BATCHES,
+    draws: int = DRAWS,
+    points: int = POINTS,
+    evaluate_front: bool = False,
+) -> dict[str, Any]:
+    """Choose a width for each layer of a run's newest checkpoint, under a budget, and evaluate it without retraining.
+
+    Layers whose weights follow the schedule are searched; each layer's activations take the width of its weights where
+    weights and activations have one schedule, else the most bits of theirs. Hessian traces are those of the float model
+    (`qtrain.sensitivity.weight_traces`) over the run's first training batches. BitOps are those of the forward pass of
+    one example.
+
+    Args:
+      workdir: of the run, finished or not.
+      unit: of the budget: "bits" (average over the weights of the searched layers), "bytes" or "bitops" (of the model).
+      budget: at most so much; a number or its decimal digits.
+      widths: candidates; empty: those the run was trained at.
+      batches: how many batches the traces are averaged over.
+      draws: of the traces, at most.
+      points: of the front, at most; 0 for all.
+      evaluate_front: whether every point of the front is evaluated, too; otherwise only the assignment asked for and
+        each width by itself.
+
+    Returns:
+      What ``search.json`` holds: plain data.
+
+    Raises:
+      UsageError: no run, or none with a checkpoint; no layer to search; widths that its quantizers cannot take; an
+        unknown unit; a budget that cannot be met.
+    """
+    _check_counts(batches=batches, draws=draws)
+    config = ConfigDict(workdirs.read_config(workdir))
+    checkpoints = Path(workdir, "checkpoints")
+    if not folders(checkpoints):
+        raise UsageError(f"search: the run in {os.fspath(workdir)!r} has no finished checkpoint yet; train it first")
+    experiment = build(config)
+    choices = workdirs.recorded(workdir).get("execution")
+    if choices is not None and experiment.plan.choices:
+        experiment = experiment.with_choices(choices)
+    if experiment.fixed is not None:
+        raise UsageError("search: quant.backend='aqt' has its bits frozen in its program; search a run of 'qtrain'")
+    searched = searched_layers(experiment.plan, experiment.weights)
+    widths = check_widths(_candidates(experiment, widths), searched)
+    _check_promise(experiment, widths)
+
+    example = jax.ShapeDtypeStruct((1, *experiment.inputs().shape[1:]), experiment.inputs().dtype)
+    plan = experiment.qmodel.plan(example, train=False)
+    scheduled, acts = experiment.q_max, experiment.schedule.acts == experiment.schedule.weights
+    costs = layer_costs(plan, searched, widths, scheduled, acts=acts)
+    # Before anything is compiled: whether the budget can be met does not depend on the errors.
+    solve(Problem(tuple(searched), widths, np.zeros((len(searched), len(widths))), costs), unit, budget)
+
+    names = ("params", "quant", "collections")
+    abstract = jax.eval_shape(experiment.initial_state)
+    found = restore(checkpoints, {name: getattr(abstract, name) for name in names}, partial=True)
+    state = found.state
+    variables = {"params": state["params"], "quant": state["quant"], **state["collections"]}
+    variables = jax.device_put(variables, sharding.replicated(sharding.make_mesh()))
+    leaves = [weight for group in searched.values() for weight in group]
+    traces = weight_traces(
+        experiment.qmodel, leaves, variables, _batches(experiment, batches), jax.random.key(config.seed), draws
+    )
+    errors = squared_errors(searched, variables["params"], variables["quant"], widths)
+    curvature = curvatures(searched, traces.mean)
+    problem = Problem(tuple(searched), widths, expected_rise(searched, curvature, errors), costs)
+
+    chosen, trade_off = solve(problem, unit, budget), front(problem, unit, points)
+    named = {ASKED: chosen, **{str(width): problem.uniform(width) for width in widths}}
+    if evaluate_front:
+        named |= {f"front {index}": choice for index, choice in enumerate(trade_off)}
+    assigned = {
+        name: precisions(plan.followers, problem.assignment(choice), scheduled, acts=acts)
+        for name, choice in named.items()
+    }
+    accuracies = evaluate(experiment, variables, assigned)
+
+    def described(name: str, choice: np.ndarray) -> dict[str, Any]:
+        prices = {unit: cost.of(choice) for unit, cost in costs.items()}
+        return {**prices, "omega": problem.rise(choice), **accuracies.get(name, {})}
+
+    return {
+        "version": VERSION,
+        "step": found.step,
+        "unit": unit,
+        "budget": float(budget),
+        "widths": list(widths),
+        "activations": "of the weights" if acts else scheduled.acts,
+        ASKED: problem.assignment(chosen),
+        "result": described(ASKED, chosen),
+        "uniform": {str(width): described(str(width), problem.uniform(width)) for width in widths},
+        "front": [
+            {**described(f"front {index}", choice), ASKED: problem.assignment(choice)}
+            for index, choice in enumerate(trade_off)
+        ],
+        "layers": [
+            {
+                "path": path,
+                "elements": sum(weight.size for weight in searched[path]),
+                "macs": plan[path].macs,
+                "omega": dict(zip(map(str, widths), problem.omega[row].tolist(), strict=True)),
+                "parameters": {
+                    weight.name: {
+                        "trace": traces.mean[weight.name],
+                        "standard_error": _number(traces.standard_error[weight.name]),
+                        "curvature": curvature[weight.name],
+                        "squared_error": dict(zip(map(str, widths), errors[weight.name].tolist(), strict=True)),
+                    }
+                    for weight in searched[path]
+                },
+            }
+            for row, path in enumerate(problem.layers)
+        ],
+        "fixed": [
+            {"path": row.path, "weights": _fixed(row.bits.weights), "acts": _fixed(row.bits.acts), "macs": row.macs}
+            for row in plan
+            if row.path not in searched and row.op
+        ],
+        "hessian": {"draws": traces.draws, "change": traces.change, "batches": batches},
+    }
+
+
+def _candidates(experiment: Experiment, widths: Sequence[int]) -> Sequence[int]:
+    if widths:
+        return widths
+    if not experiment.trained_widths:
+        raise UsageError("search: the run was not trained at several widths; name the candidates, --widths 8,4,2")
+    return experiment.trained_widths
+
+
+def _check_promise(experiment: Experiment, widths: Sequence[int]) -> None:
+    """Programs on codes were compiled for the widths of training, and would be wrong above them."""
+    widest = experiment.qmodel.widest.weights
+    if experiment.plan.choices and widest is not None and max(widths) > widest:
+        raise UsageError(
+            f"widths: {max(widths)} bits are more than the {widest} of the run, which quant.execution="
+            f"{experiment.config.quant.execution!r} relies on; give at most {widest}"
+        )
+
+
+def _batches(experiment: Experiment, count: int) -> list[Mapping[str, Any]]:
+    mesh = sharding.make_mesh()
+    with training_batches(experiment) as rows:
+        return [sharding.shard_batch(batch, mesh) for batch in itertools.islice(rows, count)]
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UsageError(f"--{name} {value}: give at least 1")
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan: the error of a single draw is not known."""
+    return value if np.isfinite(value) else None
+
+
+def _fixed(bits: Any) -> Any:
+    return "float" if bits is None else bits
