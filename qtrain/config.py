@@ -24,6 +24,12 @@ TASKS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine"},
         "train": {"steps": 3000},
     },
+    "digits_resnet": {
+        "data": {"name": "digits", "batch_size": 64, "augment": ("crop",), "crop_padding": 1},
+        "model": {"name": "resnet", "depth": 8, "width": 0.5},
+        "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine"},
+        "train": {"steps": 1500},
+    },
     "mnist_mlp": {
         "data": {"name": "mnist", "batch_size": 128},
         "model": {"name": "mlp", "features": (256, 128)},

@@ -96,6 +96,8 @@ def assert_trained(before, after):
 SLOW = (
     "cifar100_resnet20_trs",
     "cifar10_resnet20_multi_precision",
+    "digits_cnn_adaptive",
+    "digits_resnet_multi_precision",
     "imagenet_resnet18_multi_precision",
     "imagenet_resnet18_trs",
     "imagenet_resnet50_multi_precision",

@@ -17,7 +17,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_every_block_runs_in_order():
+def test_every_block_runs_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in BLOCKS:
         exec(compile(block, "README.md", "exec"), names)
