@@ -11,6 +11,27 @@ from qtrain.errors import UsageError, did_you_mean
 
 placeholder = config_dict.placeholder
 
+
+def _imagenet(model: dict[str, Any]) -> dict[str, Any]:
+    """The reference setting of residual networks: 90 epochs at 224x224."""
+    return {
+        "data": {
+            "name": "tfds:imagenet2012",
+            "batch_size": 256,
+            "num_classes": 1000,
+            "image_shape": (224, 224, 3),
+            "augment": ("resized_crop", "flip"),
+            "central_crop": 0.875,
+            "in_memory": False,
+            "workers": 16,
+            "prefetch": 16,
+        },
+        "model": model,
+        "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine"},
+        "train": {"steps": 500_400},
+    }
+
+
 TASKS: dict[str, dict[str, Any]] = {
     "digits_mlp": {
         "data": {"name": "digits", "batch_size": 64},
@@ -84,38 +105,7 @@ TASKS: dict[str, dict[str, Any]] = {
         },
         "train": {"steps": 5880},
     },
-    "imagenet_resnet18": {
-        "data": {
-            "name": "tfds:imagenet2012",
-            "batch_size": 256,
-            "num_classes": 1000,
-            "image_shape": (224, 224, 3),
-            "augment": ("resized_crop", "flip"),
-            "central_crop": 0.875,
-            "in_memory": False,
-            "workers": 16,
-            "prefetch": 16,
-        },
-        "model": {"name": "imagenet_resnet", "depth": 18},
-        "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine"},
-        "train": {"steps": 500_400},
-    },
-    "imagenet_resnet50": {
-        "data": {
-            "name": "tfds:imagenet2012",
-            "batch_size": 256,
-            "num_classes": 1000,
-            "image_shape": (224, 224, 3),
-            "augment": ("resized_crop", "flip"),
-            "central_crop": 0.875,
-            "in_memory": False,
-            "workers": 16,
-            "prefetch": 16,
-        },
-        "model": {"name": "imagenet_resnet", "depth": 50},
-        "optimizer": {"name": "sgd", "learning_rate": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "schedule": "cosine"},
-        "train": {"steps": 500_400},
-    },
+    **{f"imagenet_resnet{depth}": _imagenet({"name": "imagenet_resnet", "depth": depth}) for depth in (18, 50)},
     "tiny_shakespeare_transformer": {
         "data": {"name": "tiny_shakespeare", "batch_size": 16, "length": 128},
         "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4, "dropout": 0.1},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qtrain import data, sharding
+from qtrain.additions import Bits
 from qtrain.experiment import Experiment
 from qtrain.precision import Precision
 from qtrain.reestimate import STATISTICS, make_reestimate_step, reestimate
@@ -52,36 +54,43 @@ class Evaluator:
             asked[f"_{width}bit"] = dataclasses.replace(experiment.q_max, weights=width, acts=width)
         # The first name of each precision: q_max and the scheduled bits are among the widths, and others may be equal.
         first = {suffix: next(name for name in asked if asked[name] == bits) for suffix, bits in asked.items()}
-        precisions = {suffix: asked[suffix] for suffix in dict.fromkeys(first.values())}
-        totals = {suffix: {"loss": 0.0, "correct": 0.0, "count": 0.0} for suffix in precisions}
+        found = self.at(state.variables, {suffix: asked[suffix] for suffix in dict.fromkeys(first.values())}, split)
+        return {
+            f"{split}_{kind}{suffix}": found[name][kind]
+            for suffix, name in first.items()
+            for kind in ("loss", "accuracy")
+        }
+
+    def at(
+        self, variables: Mapping[str, Any], asked: Mapping[str, Bits | None], split: str = "test"
+    ) -> dict[str, dict[str, float]]:
+        """``{name: {"loss", "accuracy"}}`` of a split at each of `asked`: bits, by layer too, or None for float."""
+        experiment = self._experiment
+        totals = {name: {"loss": 0.0, "correct": 0.0, "count": 0.0} for name in asked}
+        adapted = {name: self._variables(variables, bits) for name, bits in asked.items()}
         processes = jax.process_index(), jax.process_count()
-        variables = {suffix: self._variables(state, precision) for suffix, precision in precisions.items()}
         for rows in data.eval_batches(experiment.dataset, split, self._batch_size, *processes):
             batch = sharding.shard_batch(rows, self._mesh)
-            sums = {suffix: self._sums(variables[suffix], batch, precision) for suffix, precision in precisions.items()}
-            for suffix, values in jax.device_get(sums).items():
-                for name, value in values.items():
-                    totals[suffix][name] += float(value)
-        results = {}
-        for suffix in asked:
-            total = totals[first[suffix]]
-            results[f"{split}_loss{suffix}"] = total["loss"] / total["count"]
-            results[f"{split}_accuracy{suffix}"] = total["correct"] / total["count"]
-        return results
+            sums = {name: self._sums(adapted[name], batch, bits) for name, bits in asked.items()}
+            for name, values in jax.device_get(sums).items():
+                for kind, value in values.items():
+                    totals[name][kind] += float(value)
+        return {
+            name: {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
+            for name, total in totals.items()
+        }
 
-    def _variables(self, state: TrainState, precision: Precision | None) -> dict[str, Any]:
-        """What to evaluate with: norm statistics are those of training, or made anew for this precision."""
+    def _variables(self, variables: Mapping[str, Any], bits: Bits | None) -> Mapping[str, Any]:
+        """What to evaluate with: norm statistics are those of training, or made anew for these bits."""
         if not self._reestimated:
-            return state.variables
-        config = self._experiment.config.data
-        dataset, processes = self._experiment.dataset, (jax.process_index(), jax.process_count())
-        with data.train_iterator(dataset, config.batch_size, config.seed, *processes) as rows:
+            return variables
+        with self._experiment.train_batches() as rows:
             batches = (sharding.shard_batch(batch, self._mesh) for batch in rows)
-            bits = jax.tree.map(np.float32, precision)
-            found = reestimate(self._reestimate, state.variables, batches, self._reestimated, bits)
-        return {**state.variables, STATISTICS: found}
+            traced = jax.tree.map(np.float32, bits)
+            found = reestimate(self._reestimate, variables, batches, self._reestimated, traced)
+        return {**variables, STATISTICS: found}
 
-    def _sums(self, variables: dict[str, Any], batch: Any, precision: Precision | None) -> dict[str, jax.Array]:
-        if precision is not None and self._experiment.fixed is not None:
+    def _sums(self, variables: Mapping[str, Any], batch: Any, bits: Bits | None) -> dict[str, jax.Array]:
+        if bits is not None and self._experiment.fixed is not None:
             return self._fixed(variables, batch)
-        return self._step(variables, batch, jax.tree.map(np.float32, precision))
+        return self._step(variables, batch, jax.tree.map(np.float32, bits))

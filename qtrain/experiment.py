@@ -43,6 +43,7 @@ from qtrain.precision import Precision
 from qtrain.quantizers import RESIDUALS
 from qtrain.quantizers.native import WIDEST
 from qtrain.schedules import PrecisionSchedule
+from qtrain.sensitivity import weight_traces
 from qtrain.state import NOTHING, TrainState, create
 from qtrain.widths import Widths
 
@@ -106,6 +107,11 @@ class Experiment:
     def inputs(self) -> jax.ShapeDtypeStruct:
         """The shape of the model's input for one training batch."""
         return _inputs(self.dataset, self.config.data.batch_size)
+
+    def train_batches(self, **arguments: Any) -> data.TrainIterator:
+        """The run's training batches, from its first on and each once; `arguments`: of `data.train_iterator`."""
+        config, processes = self.config.data, (jax.process_index(), jax.process_count())
+        return data.train_iterator(self.dataset, config.batch_size, config.seed, *processes, **arguments)
 
     def initial_state(self, seed: int | None = None) -> TrainState:
         """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's."""
@@ -189,7 +195,9 @@ def build(config: ConfigDict) -> Experiment:
         transform = method.optimizer(transform)
         additions = method.add_to(additions, qmodel, inputs)
         lengths = steps_per_epoch, total_steps
-        additions = method.switching.add_to(additions, qmodel, widths, method.widths, config.seed, *lengths)
+        additions = method.switching.add_to(
+            additions, qmodel, widths, method.widths, config.seed, *lengths, weight_traces
+        )
 
     def every(section: str) -> int:
         units = {"steps_per_epoch": steps_per_epoch, "total_steps": total_steps}

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from qtrain import checkpoint
 from qtrain import manifest as manifests
-from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.manifest import MANIFEST, Leaves
+from qtrain.trees import leaf_name
 
 _SHOWN_DIFFERENCES = 6
 _OF_QUANTIZERS = ("quant", "quant_stats")

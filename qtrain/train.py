@@ -165,7 +165,7 @@ class _Run:
 
     def __call__(self, stopped: threading.Event) -> dict[str, Any]:
         config, total = self.config, self.experiment.total_steps
-        batches = self._batches(start_step=self.start, repeat=config.data.repeat)
+        batches = self.experiment.train_batches(start_step=self.start, repeat=config.data.repeat)
         pending: tuple[int, dict[str, Any]] | None = None
         step = self.start
         with batches, self.checkpoints, self.writer, self.progress:
@@ -225,7 +225,7 @@ class _Run:
             params = loaded.pop("params")
             state = dataclasses.replace(state, params=params, collections={**state.collections, **loaded})
         if experiment.learns:
-            with self._batches() as batches:
+            with experiment.train_batches() as batches:
                 inputs, _ = inputs_and_labels(sharding.shard_batch(next(batches), self.mesh))
             dropout, quant = jax.random.split(self.key)
             variables = experiment.qmodel.calibrate(
@@ -237,7 +237,7 @@ class _Run:
             )
             state = dataclasses.replace(state, quant=jax.device_put(variables["quant"], everywhere))
         if begin is not None:
-            with self._batches() as batches:
+            with experiment.train_batches() as batches:
                 sharded = (sharding.shard_batch(rows, self.mesh) for rows in batches)
                 state = dataclasses.replace(
                     state, controller=jax.device_put(begin(state.variables, sharded), everywhere)
@@ -246,12 +246,6 @@ class _Run:
         return dataclasses.replace(
             state, opt_state=jax.jit(experiment.optimizer.init, out_shardings=everywhere)(trained)
         )
-
-    def _batches(self, **arguments: Any) -> data.TrainIterator:
-        """The run's training batches."""
-        config = self.config.data
-        processes = jax.process_index(), jax.process_count()
-        return data.train_iterator(self.experiment.dataset, config.batch_size, config.seed, *processes, **arguments)
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]]) -> Any:
         if self.per_dispatch == 1:

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from qtrain.cost.ops import Ops, merge
-from qtrain.cost.paths import leaf_name
 from qtrain.cost.walk import Context, Dependency, Leaves, walk
 from qtrain.precision import Precision
+from qtrain.trees import leaf_name
 
 DIFFERENTIATED = ("params", "quant")
 """The collections of Flax variables that a training step differentiates."""

@@ -1,12 +1,9 @@
-"""Module paths: from the name stacks of traced equations, and from the names of a model's variables."""
+"""Module paths, from the name stacks of traced equations."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
-
-import jax
 
 from qtrain.cost.marker import OpBits, decode
 
@@ -50,12 +47,6 @@ def module_path(scopes: Sequence[str], drop_root: bool) -> str:
             names.append(name)
         inside_method = bool(dot)
     return "/".join(names[1:] if drop_root else names)
-
-
-def leaf_name(path: Sequence[Any]) -> tuple[str, ...]:
-    """The names along a pytree path, without the ``value`` of a box such as ``nn.Partitioned``."""
-    keys = [key for key in path if not (isinstance(key, jax.tree_util.GetAttrKey) and key.name == "value")]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
 def parent(name: Sequence[str], collections: bool) -> str:

@@ -99,27 +99,16 @@ def _prepared(workdir: Any, out: Any, program: Any, bits: int | None, platforms:
         if path is not None:
             _check_out(flag, path)
     import jax
-    from ml_collections import ConfigDict
 
-    from qtrain import workdir as workdirs
-    from qtrain.checkpoint import restore
-    from qtrain.experiment import build
     from qtrain.export.save import prepare
     from qtrain.export.serving import check_platforms
-    from qtrain.manifest import folders
+    from qtrain.trained import experiment_of, restored
 
     if platforms is not None:
         check_platforms(platforms)
-    config = ConfigDict(workdirs.read_config(workdir))
-    checkpoints = Path(workdir, "checkpoints")
-    if not folders(checkpoints):
-        raise UsageError(f"export: the run in {os.fspath(workdir)!r} has no finished checkpoint yet; train it first")
-    experiment = build(config)
+    experiment = experiment_of(workdir, "export")
     inputs = experiment.inputs()
-
-    abstract = jax.eval_shape(experiment.initial_state)
-    names = ("params", "quant", "collections")
-    state = restore(checkpoints, {name: getattr(abstract, name) for name in names}, partial=True).state
+    variables = restored(workdir, experiment).variables
     precision = experiment.precision_at(experiment.total_steps - 1)
     if bits is None:
         bits = _kept(experiment.qmodel.weights(inputs, train=False))
@@ -129,10 +118,10 @@ def _prepared(workdir: Any, out: Any, program: Any, bits: int | None, platforms:
     batch = min(inputs.shape[0], 32)
     return prepare(
         experiment.qmodel,
-        {"params": state["params"], "quant": state["quant"], **state["collections"]},
+        variables,
         precision,
         jax.ShapeDtypeStruct((batch, *inputs.shape[1:]), inputs.dtype),
-        config=config.to_dict(),
+        config=experiment.config.to_dict(),
         num_classes=experiment.dataset.num_classes,
     )
 

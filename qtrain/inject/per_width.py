@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError
 from qtrain.inject.rules import Rule
 from qtrain.inject.trace import Trace
 from qtrain.precision import Precision
 from qtrain.quantizers.base import static_bits
 from qtrain.quantizers.parameters import check_widths, table_row
+from qtrain.trees import leaf_name
 
 Array = jax.Array
 Bits = Precision | Mapping[str, Precision]

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError
 from qtrain.inject.per_width import Held
 from qtrain.inject.rows_in_use import Table
 from qtrain.inject.rules import Rule, assign, check_rules
 from qtrain.inject.trace import Record, Trace, check_statistics
+from qtrain.trees import leaf_name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from qtrain.cost.paths import leaf_name
 from qtrain.inject.learned import LEARNED
 from qtrain.inject.per_width import Held, Path, indices
 from qtrain.inject.rules import Rule
@@ -17,26 +16,13 @@ from qtrain.inject.trace import effective_bits
 from qtrain.precision import Precision
 from qtrain.quantizers import Quantizer
 from qtrain.quantizers.base import FLOAT_BITS
-from qtrain.quantizers.parameters import table_row
+from qtrain.quantizers.parameters import RowInUse, table_row
+from qtrain.trees import leaf_name
 
 Array = jax.Array
 Bits = Precision | Mapping[str, Precision]
 
 _KINDS = {"weights": "weight_quantizer", "acts": "act_quantizer", "bias": "bias_quantizer"}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RowInUse:
-    """Which row of a variable a step uses.
-
-    Attributes:
-      axis: the variable's axis of rows; static.
-      index: int32, the row; −1: none.
-    """
-
-    axis: int = dataclasses.field(metadata={"static": True})
-    index: Array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,6 @@ from qtrain.additions import Additions
 from qtrain.errors import UsageError
 from qtrain.inject import QuantizedModel
 from qtrain.methods.hasb import Hasb, roulette
-from qtrain.sensitivity import weight_traces
 from qtrain.widths import Widths
 
 
@@ -42,6 +41,7 @@ class Switching:
         seed: int,
         steps_per_epoch: int,
         total_steps: int,
+        measure: Callable[..., Any],
     ) -> Additions:
         """`additions` and HASB: each step, some layers take another width, drawn by how sensitive they are.
 
@@ -55,6 +55,7 @@ class Switching:
           trained: the widths to switch between.
           seed: of the draws that measure sensitivities.
           steps_per_epoch, total_steps: of the run.
+          measure: `qtrain.sensitivity.weight_traces`; handed in, since it belongs to the program and not to a method.
 
         Raises:
           UsageError: where no layer can switch, or quantizers choose their own widths.
@@ -79,7 +80,7 @@ class Switching:
         def begin(variables: Mapping[str, Any], batches: Iterator[Any]) -> dict[str, Any]:
             some = list(itertools.islice(batches, self.batches))
             key = jax.random.key(seed)
-            found = weight_traces(qmodel, weights, variables, some, key, self.draws, self.tolerance)
+            found = measure(qmodel, weights, variables, some, key, self.draws, self.tolerance)
             traces = hasb.ordered({weight.path: found.mean[weight.name] for weight in weights})
             return {**additions.controller(), "roulette": roulette(trained, traces)}
 

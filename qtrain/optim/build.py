@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import optax
 
-from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.optim.codes import Codes
 from qtrain.optim.freezing import freeze_oscillations, freezing_threshold
 from qtrain.optim.learning_rate import learning_rate_schedule
 from qtrain.optim.oscillation import track_oscillations
 from qtrain.optim.transition import scale_by_transition_rate
+from qtrain.trees import leaf_name
 
 # Transforms of optax that take a schedule as learning_rate and need nothing but gradients and parameters.
 OPTIMIZERS = (

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from qtrain.cost.paths import leaf_name
 from qtrain.errors import UsageError
-from qtrain.inject.rows_in_use import RowInUse
+from qtrain.quantizers.parameters import RowInUse
+from qtrain.trees import leaf_name
 
 Array = jax.Array
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -103,3 +105,17 @@ def table_row(widths: Sequence[int], bits: Any) -> Array:
     for width in widths[1:]:
         row = row + (bits >= width)
     return row
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowInUse:
+    """Which row of a variable a step uses.
+
+    Attributes:
+      axis: the variable's axis of rows; static.
+      index: int32, the row; −1: none.
+    """
+
+    axis: int = dataclasses.field(metadata={"static": True})
+    index: Array

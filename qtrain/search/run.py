@@ -5,20 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from qtrain import sharding
-from qtrain import workdir as workdirs
-from qtrain.checkpoint import restore
 from qtrain.errors import UsageError
-from qtrain.experiment import Experiment, build
-from qtrain.manifest import folders
-from qtrain.search.evaluate import evaluate, training_batches
+from qtrain.evaluate import Evaluator
+from qtrain.experiment import Experiment
 from qtrain.search.integer_program import front, solve
 from qtrain.search.problem import (
     Problem,
@@ -31,6 +26,7 @@ from qtrain.search.problem import (
     squared_errors,
 )
 from qtrain.sensitivity import DRAWS, weight_traces
+from qtrain.trained import experiment_of, restored
 
 VERSION = 1
 """Of the layout of ``search.json``."""
@@ -75,14 +71,7 @@ def search_run(
         unknown unit; a budget that cannot be met.
     """
     _check_counts(batches=batches, draws=draws)
-    config = ConfigDict(workdirs.read_config(workdir))
-    checkpoints = Path(workdir, "checkpoints")
-    if not folders(checkpoints):
-        raise UsageError(f"search: the run in {os.fspath(workdir)!r} has no finished checkpoint yet; train it first")
-    experiment = build(config)
-    choices = workdirs.recorded(workdir).get("execution")
-    if choices is not None and experiment.plan.choices:
-        experiment = experiment.with_choices(choices)
+    experiment = experiment_of(workdir, "search")
     if experiment.fixed is not None:
         raise UsageError("search: quant.backend='aqt' has its bits frozen in its program; search a run of 'qtrain'")
     searched = searched_layers(experiment.plan, experiment.weights)
@@ -96,15 +85,17 @@ def search_run(
     # Before anything is compiled: whether the budget can be met does not depend on the errors.
     solve(Problem(tuple(searched), widths, np.zeros((len(searched), len(widths))), costs), unit, budget)
 
-    names = ("params", "quant", "collections")
-    abstract = jax.eval_shape(experiment.initial_state)
-    found = restore(checkpoints, {name: getattr(abstract, name) for name in names}, partial=True)
-    state = found.state
-    variables = {"params": state["params"], "quant": state["quant"], **state["collections"]}
-    variables = jax.device_put(variables, sharding.replicated(sharding.make_mesh()))
+    mesh = sharding.make_mesh()
+    _, variables, step = restored(workdir, experiment)
+    variables = jax.device_put(variables, sharding.replicated(mesh))
     leaves = [weight for group in searched.values() for weight in group]
     traces = weight_traces(
-        experiment.qmodel, leaves, variables, _batches(experiment, batches), jax.random.key(config.seed), draws
+        experiment.qmodel,
+        leaves,
+        variables,
+        _batches(experiment, batches, mesh),
+        jax.random.key(experiment.config.seed),
+        draws,
     )
     errors = squared_errors(searched, variables["params"], variables["quant"], widths)
     curvature = curvatures(searched, traces.mean)
@@ -118,7 +109,7 @@ def search_run(
         name: precisions(plan.followers, problem.assignment(choice), scheduled, acts=acts)
         for name, choice in named.items()
     }
-    accuracies = evaluate(experiment, variables, assigned)
+    accuracies = Evaluator(experiment, mesh).at(variables, assigned)
 
     def described(name: str, choice: np.ndarray) -> dict[str, Any]:
         prices = {unit: cost.of(choice) for unit, cost in costs.items()}
@@ -126,7 +117,7 @@ def search_run(
 
     return {
         "version": VERSION,
-        "step": found.step,
+        "step": step,
         "unit": unit,
         "budget": float(budget),
         "widths": list(widths),
@@ -183,9 +174,8 @@ def _check_promise(experiment: Experiment, widths: Sequence[int]) -> None:
         )
 
 
-def _batches(experiment: Experiment, count: int) -> list[Mapping[str, Any]]:
-    mesh = sharding.make_mesh()
-    with training_batches(experiment) as rows:
+def _batches(experiment: Experiment, count: int, mesh: Any) -> list[Mapping[str, Any]]:
+    with experiment.train_batches() as rows:
         return [sharding.shard_batch(batch, mesh) for batch in itertools.islice(rows, count)]
 
 
