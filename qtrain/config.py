@@ -82,6 +82,24 @@ TASKS: dict[str, dict[str, Any]] = {
         "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"},
         "train": {"steps": 15_600},
     },
+    "cora_gcn": {
+        "data": {"name": "cora", "batch_size": 1},
+        "model": {"name": "gcn", "width": 16, "dropout": 0.5, "input_dropout": 0.5},
+        "optimizer": {"name": "adam", "learning_rate": 0.01, "weight_decay": 5e-4, "schedule": "constant"},
+        "train": {"steps": 200},
+    },
+    "digits_gcn": {
+        "data": {"name": "digits_graph", "batch_size": 1},
+        "model": {"name": "gcn", "width": 16, "dropout": 0.5, "input_dropout": 0.5},
+        "optimizer": {"name": "adam", "learning_rate": 0.01, "weight_decay": 5e-4, "schedule": "constant"},
+        "train": {"steps": 200},
+    },
+    "ogbn_arxiv_gcn": {
+        "data": {"name": "ogbn_arxiv", "batch_size": 1},
+        "model": {"name": "gcn", "num_layers": 3, "width": 512, "norm": "layer", "dropout": 0.2},
+        "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine", "final_factor": 0.1},
+        "train": {"steps": 500},
+    },
     "imagenette_resnet": {
         "data": {
             "name": "imagenette",
@@ -144,6 +162,8 @@ _SMOKE_MODELS: dict[str, dict[str, Any]] = {
     "resnet": {"depth": 8, "width": 0.25},
     "imagenet_resnet": {"depth": 18, "width": 0.0625},
     "transformer": {"num_layers": 1, "width": 16, "num_heads": 2},
+    "gcn": {"width": 8},
+    "graph_sage": {"width": 8},
 }
 
 
@@ -325,7 +345,7 @@ def _make_smoke(config: ConfigDict) -> None:
     config.smoke = True
     config.init_from = ""  # a smaller model, which no checkpoint fits
     config.model.update(_SMOKE_MODELS[config.model.name])
-    config.data.update(batch_size=8, length=16)
+    config.data.update(batch_size=min(8, config.data.batch_size), length=16)  # a graph is a batch of one
     config.train.update(steps=6, epochs=0.0, log_every_steps=2)
     config.eval.update(every_steps=3, every_epochs=0.0, every_percent=0.0, batch_size=32)
     config.checkpoint.update(every_steps=3, every_epochs=0.0, every_percent=0.0)

@@ -15,6 +15,7 @@ from qtrain import cost, data, models, schedules
 from qtrain.additions import Additions, Bits
 from qtrain.config import QUANT, check_keys
 from qtrain.data import Dataset
+from qtrain.data.graphs import GraphSplit
 from qtrain.durations import duration
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.groups import bits_tree, latent_weights, parameter_groups
@@ -37,6 +38,7 @@ from qtrain.methods import aqt, multi_precision
 from qtrain.methods.cpt import cpt_rules
 from qtrain.methods.multi_precision import MultiPrecision, multi_precision_rules
 from qtrain.methods.trs import trs_rules
+from qtrain.models.gcn import KEYS
 from qtrain.optim import optimizer
 from qtrain.optim.build import TRANSITION
 from qtrain.precision import Precision
@@ -104,8 +106,8 @@ class Experiment:
         # Compiled whole: a schedule's operations one by one would be a dozen programs.
         return jax.tree.map(float, jax.device_get(jax.jit(self.schedule)(step)))
 
-    def inputs(self) -> jax.ShapeDtypeStruct:
-        """The shape of the model's input for one training batch."""
+    def inputs(self) -> Any:
+        """The shape of the model's input for one training batch: an array's, or by name those of a graph."""
         return _inputs(self.dataset, self.config.data.batch_size)
 
     def train_batches(self, **arguments: Any) -> data.TrainIterator:
@@ -115,8 +117,7 @@ class Experiment:
 
     def initial_state(self, seed: int | None = None) -> TrainState:
         """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's."""
-        shape = self.inputs()
-        inputs = jnp.zeros(shape.shape, shape.dtype)
+        inputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), self.inputs())
         seed = self.config.seed if seed is None else seed
         return create(self.qmodel, self.optimizer, seed, inputs, self.additions)
 
@@ -164,6 +165,12 @@ def build(config: ConfigDict) -> Experiment:
     total_steps = _total_steps(config, steps_per_epoch)
     schedule = _schedule(config, method, total_steps)
     fields = config.model.to_dict()
+    if (dataset.kind == "graph") != (fields.get("name") in models.GRAPH_MODELS):
+        allowed = [name for name in models.MODELS if (name in models.GRAPH_MODELS) == (dataset.kind == "graph")]
+        raise UsageError(
+            f"model.name={fields.get('name')!r} does not suit data.name={config.data.name!r}, which "
+            f"{'is a graph' if dataset.kind == 'graph' else 'is no graph'}; give one of {', '.join(allowed)}"
+        )
     module = models.build(fields, num_classes=dataset.num_classes, input_shape=dataset.input_shape)
     rules = _rules(config, method)
     per_width = method.widths if method is not None else ()
@@ -295,7 +302,10 @@ def _narrowest(schedule: PrecisionSchedule, total_steps: int, rules: tuple[Rule,
     return Precision(**{kind: fewest(kind) for kind in ("weights", "acts", "grads")})
 
 
-def _inputs(dataset: Dataset, batch_size: int) -> jax.ShapeDtypeStruct:
+def _inputs(dataset: Dataset, batch_size: int) -> Any:
+    if isinstance(dataset.train, GraphSplit):
+        arrays = dataset.train.batch
+        return {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in KEYS}
     dtype = "float32" if dataset.kind == "image" else "int32"
     return jax.ShapeDtypeStruct((batch_size, *dataset.input_shape), dtype)
 

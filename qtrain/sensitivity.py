@@ -14,7 +14,7 @@ from flax.core import meta
 from qtrain.errors import UsageError
 from qtrain.inject import QuantizedModel, Weight
 from qtrain.metrics import cross_entropy
-from qtrain.state import Batch, inputs_and_labels
+from qtrain.state import Batch, inputs_and_labels, masked_mean
 
 Array = jax.Array
 
@@ -169,7 +169,8 @@ def weight_traces(
         for name, value in arguments.items():
             params = _replaced(params, leaves[name].leaf, value)
         inputs, labels = inputs_and_labels(data)
-        return cross_entropy(qmodel.apply({**variables, "params": params}, inputs, train=False), labels).mean()
+        logits = qmodel.apply({**variables, "params": params}, inputs, train=False)
+        return masked_mean(cross_entropy(logits, labels), data)
 
     values = {name: meta.unbox(weight.value(variables["params"])) for name, weight in leaves.items()}
     # The variables are arguments of the program: closed over, they would be constants in it.

@@ -40,8 +40,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, jax.Array]:
-    """This process's rows of a global batch as global arrays, split along `axis`."""
-    sharding = split(mesh, axis)
+    """This process's rows of a global batch as global arrays, split along `axis`; a graph is whole on every device."""
+    sharding = replicated(mesh) if "nodes" in batch else split(mesh, axis)
     if jax.process_count() == 1:
         return dict(jax.device_put(dict(batch), sharding))
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}

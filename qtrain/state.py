@@ -16,6 +16,7 @@ from qtrain.additions import Additions
 from qtrain.cost import Ops, Total
 from qtrain.inject import QuantizedModel
 from qtrain.metrics import TrainMetrics, bits_vector, cross_entropy
+from qtrain.models.gcn import KEYS as GRAPH_KEYS
 from qtrain.precision import Precision
 
 Array = jax.Array
@@ -69,7 +70,7 @@ def create(
     qmodel: QuantizedModel,
     optimizer: optax.GradientTransformation,
     seed: int,
-    inputs: Array,
+    inputs: Any,
     additions: Additions = NOTHING,
 ) -> TrainState:
     """The state at step 0; `inputs` gives the shape of a batch."""
@@ -90,9 +91,18 @@ def create(
     )
 
 
-def inputs_and_labels(batch: Batch) -> tuple[Array, Array]:
+def inputs_and_labels(batch: Batch) -> tuple[Any, Array]:
     """What the model takes and what it is to predict."""
+    if "nodes" in batch:  # a graph
+        return {name: batch[name] for name in GRAPH_KEYS}, batch["label"]
     return (batch["image"], batch["label"]) if "image" in batch else (batch["tokens"], batch["targets"])
+
+
+def masked_mean(values: Array, batch: Batch) -> Array:
+    """The mean of a value for each label; of those alone that the batch's ``mask`` keeps, where it has one."""
+    if "mask" not in batch:
+        return jnp.mean(values)
+    return jnp.sum(batch["mask"] * values) / jnp.sum(batch["mask"])
 
 
 def make_train_step(
@@ -137,7 +147,7 @@ def make_train_step(
                 rngs=rngs,
                 mutable=list(state.collections),
             )
-            loss = cross_entropy(logits, labels).mean()
+            loss = masked_mean(cross_entropy(logits, labels), batch)
             added, controller = jnp.zeros(()), state.controller
             if additions.penalty is not None:
                 learned = trained["params"], trained["quant"]
@@ -160,7 +170,7 @@ def make_train_step(
         measured = TrainMetrics.single_from_model_output(
             loss=loss,
             penalty=added,
-            accuracy=jnp.mean(jnp.argmax(logits, -1) == labels),
+            accuracy=masked_mean(jnp.argmax(logits, -1) == labels, batch),
             grad_norm_ratio=_ratio(norms["grad_norm"], previous.grad_norm),
             update_norm_ratio=_ratio(norms["update_norm"], previous.update_norm),
             changed=changed,

@@ -61,8 +61,9 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
     """
     check_keys(config)
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
     experiment = build(config)
+    if experiment.dataset.kind != "graph":
+        sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
     if config.train.compilation_cache:
         _keep_compilations(config.train.compilation_cache)
     if config.eval.reestimate_batches:
@@ -137,11 +138,15 @@ class _Run:
             config.train.log_every_steps,
             experiment.additions,
         )
-        everywhere = sharding.replicated(mesh)
+        everywhere, graph = sharding.replicated(mesh), experiment.dataset.kind == "graph"
         self.step_fn = jax.jit(
             step if self.per_dispatch == 1 else several_steps(step),
             donate_argnums=0,
-            in_shardings=(everywhere, sharding.split(mesh, axis=int(self.per_dispatch > 1)), everywhere),
+            in_shardings=(
+                everywhere,
+                everywhere if graph else sharding.split(mesh, axis=int(self.per_dispatch > 1)),
+                everywhere,
+            ),
             out_shardings=everywhere,
         )
         measure = make_layer_metrics(experiment)

@@ -31,7 +31,9 @@ class DataConfig:
 
     name: str = "digits"  # one of `qtrain.data.DATASETS`, or "tfds:<name>[/<config>][:<version>]" for an image set
     dir: str = ""  # where prepared TFDS sets lie; "" means $TFDS_DATA_DIR, else ~/tensorflow_datasets
-    path: str = ""  # the file that name="text" reads; "" for every other set
+    # The file that name="text", "graph" or "cora" reads; the folder of "ogbn_arxiv"; "" for every other set.
+    path: str = ""
+    normalize_rows: bool = True  # name="graph": divide the features of each node by their sum
     seed: int = 0  # order and augmentation, 0 … 2³²−1; the content of a set never depends on it
     batch_size: int = 64  # global: the sum over all processes
     repeat: int = 1  # successive training steps that take the same batch

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from qtrain.data.graphs import GraphSplit
 from qtrain.errors import UsageError
 
 
@@ -83,16 +84,19 @@ class TokenSource:
         return np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])
 
 
+Source = ImageSource | TokenSource | GraphSplit
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A loaded data set. Everything but the seed and the batch size that the training stream depends on is in here."""
 
     name: str
-    kind: str  # "image" | "tokens"
-    input_shape: tuple[int, ...]  # of one example: (height, width, channels), or (length,)
+    kind: str  # "image" | "tokens" | "graph"
+    input_shape: tuple[int, ...]  # of one example: (height, width, channels), (length,), or (nodes, features)
     num_classes: int  # for tokens, the vocabulary
-    train: ImageSource | TokenSource
-    eval: Mapping[str, ImageSource | TokenSource]  # "test" at least
+    train: Source
+    eval: Mapping[str, Source]  # "test" at least
     max_value: float = 255.0  # the raw pixel value that becomes 1
     mean: tuple[float, ...] = ()  # per channel, of the training images over `max_value`
     std: tuple[float, ...] = ()
@@ -125,6 +129,8 @@ class Dataset:
         'digits: 1437 train, 360 test images 8x8x1, 10 classes; (x/16 − 0.3054)/0.3761; augment crop(1)'
         """
         sizes = ", ".join(f"{len(source)} {split}" for split, source in self.eval.items())
+        if isinstance(self.train, GraphSplit):
+            return self.train.describe(self.name)
         if self.kind == "tokens":
             windows = f"windows of {self.input_shape[0]} tokens, vocabulary {self.vocab}"
             return f"{self.name}: {self.num_train} train, {sizes} {windows}"

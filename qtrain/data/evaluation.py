@@ -8,7 +8,8 @@ import grain
 import numpy as np
 
 from qtrain.data.augment import normalize
-from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_processes
+from qtrain.data.dataset import Dataset, Source, TokenSource, check_processes
+from qtrain.data.graphs import GraphSplit
 from qtrain.data.pipeline import read_ahead
 from qtrain.errors import UsageError, did_you_mean
 
@@ -54,7 +55,7 @@ def _closing(iterator: grain.DatasetIterator) -> Iterator[dict[str, np.ndarray]]
         iterator.close()
 
 
-def _split(dataset: Dataset, split: str) -> ImageSource | TokenSource:
+def _split(dataset: Dataset, split: str) -> Source:
     if split not in dataset.eval:
         raise UsageError(
             f"eval split is {split!r}; {dataset.name!r} has {', '.join(map(repr, dataset.eval))}."
@@ -69,7 +70,7 @@ class _EvalBatches:
     def __init__(
         self,
         dataset: Dataset,
-        source: ImageSource | TokenSource,
+        source: Source,
         batch_size: int,
         process_index: int,
         process_count: int,
@@ -83,6 +84,8 @@ class _EvalBatches:
         return -(-len(self._source) // self._batch_size)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if isinstance(self._source, GraphSplit):
+            return self._source.batch
         positions = int(index) * self._batch_size + self._rows
         mask = (positions < len(self._source)).astype(np.float32)
         examples = np.minimum(positions, len(self._source) - 1)

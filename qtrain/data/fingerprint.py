@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qtrain.data.dataset import Dataset, ImageSource, TokenSource
+from qtrain.data.dataset import Dataset, Source, TokenSource
+from qtrain.data.graphs import GraphSplit
 from qtrain.data.randomness import epoch_order
 from qtrain.errors import UsageError
 
@@ -70,7 +72,9 @@ def check_fingerprint(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
         )
 
 
-def _content(source: ImageSource | TokenSource) -> int:
+def _content(source: Source) -> int:
+    if isinstance(source, GraphSplit):
+        return functools.reduce(lambda code, array: zlib.crc32(array.data, code), source.batch.values(), 0)
     if isinstance(source, TokenSource):
         return zlib.crc32(source.tokens.data)
     count = min(len(source), _SAMPLED_EXAMPLES)

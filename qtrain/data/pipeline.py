@@ -21,6 +21,7 @@ import numpy as np
 
 from qtrain.data.augment import augment, normalize
 from qtrain.data.dataset import Dataset, ImageSource, TokenSource, WindowedSource, check_batch_size
+from qtrain.data.graphs import GraphSplit
 from qtrain.data.randomness import epoch_order, epoch_phase, example_draws
 from qtrain.data.resize import random_crops
 from qtrain.errors import UsageError
@@ -39,6 +40,8 @@ class _TrainBatches:
         return sys.maxsize // self._batch_size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        if isinstance(self._dataset.train, GraphSplit):
+            return self._dataset.train.batch
         first = int(index) * self._batch_size
         epochs, offsets = np.divmod(first + self._rows, self._dataset.num_train)
         examples = np.empty_like(offsets)
@@ -96,7 +99,8 @@ def train_batches(
     Raises:
       UsageError: a batch larger than the data, below 1, or not divisible by the number of processes.
     """
-    check_batch_size(batch_size, dataset.num_train, dataset.name, process_index, process_count)
+    processes = (0, 1) if isinstance(dataset.train, GraphSplit) else (process_index, process_count)  # each has it all
+    check_batch_size(batch_size, dataset.num_train, dataset.name, *processes)
     if not 0 <= seed < 2**32:
         raise UsageError(f"data.seed is {seed}; it must be at least 0 and at most {2**32 - 1}")
     return grain.MapDataset.source(_TrainBatches(dataset, batch_size, seed, process_index, process_count))

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qtrain.data import digits, images, sequences, synthetic, text
+from qtrain.data import digits, graph_sets, images, sequences, synthetic, text
 from qtrain.data.augment import channel_statistics
 from qtrain.data.config import DataConfig, parse_config
 from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_batch_size
+from qtrain.data.graphs import SPLITS, Graph, GraphSplit
 from qtrain.errors import UsageError, did_you_mean
 
 # Shape and classes of each image set, which `smoke` needs before (and without) any file. Images of Imagenette, whose
@@ -28,6 +29,8 @@ _IMAGE_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 _TFDS_NAMES = {"imagenette": "imagenette/160px-v2"}  # where TFDS has it under another
 _SEQUENCES = ("sequential_digits", "sequential_mnist", "sequential_cifar10", "cylinder_bell_funnel")
 _NEVER_RESIZED = ("digits", "synthetic")
+_GRAPHS = ("cora", "digits_graph", "graph", "ogbn_arxiv")
+_FILES = ("text", "cora", "graph", "ogbn_arxiv")
 _SYNTHETIC_SHAPE = (32, 32, 3)
 _SMOKE_EXAMPLES = 512
 
@@ -61,16 +64,20 @@ def _check(config: DataConfig) -> None:
             f"data.name is {config.name!r}; known are {', '.join(map(repr, DATASETS))}, and 'tfds:<name>' for any "
             f"prepared TFDS image set.{did_you_mean(config.name, DATASETS)}"
         )
-    if config.path and config.name != "text":
-        raise UsageError(f"data.path is {config.path!r}, but only data.name='text' reads a file, not {config.name!r}")
+    if config.path and config.name not in _FILES:
+        raise UsageError(
+            f"data.path is {config.path!r}, but only data.name={', '.join(map(repr, _FILES))} read one, not "
+            f"{config.name!r}"
+        )
+    if not config.normalize_rows and config.name != "graph":
+        raise UsageError(f"data.normalize_rows is False, which is for data.name='graph', not {config.name!r}")
     if config.augment and _is_text(config.name):
         raise UsageError(f"data.augment is {config.augment}, but {config.name!r} is text; only images are augmented")
-    if config.name in _SEQUENCES:
+    if config.name in _SEQUENCES + _GRAPHS:
         for key, unset in (("augment", ()), ("image_shape", ()), ("central_crop", 1.0)):
             if getattr(config, key) != unset:
                 raise UsageError(
-                    f"data.{key} is {getattr(config, key)}, but {config.name!r} has sequences, no images; leave it at "
-                    f"{unset}"
+                    f"data.{key} is {getattr(config, key)}, but {config.name!r} has no images; leave it at {unset}"
                 )
     if config.name == "digits" and config.image_shape not in ((), digits.SHAPE):
         raise UsageError(f"data.image_shape is {config.image_shape}, but 'digits' are not resized; leave it at ()")
@@ -166,6 +173,32 @@ def _load_cylinder_bell_funnel(config: DataConfig) -> Dataset:
     return sequences.load_cylinder_bell_funnel(config.num_train, config.num_test, config.workers, config.prefetch)
 
 
+def _graph_dataset(config: DataConfig, name: str, graph: Graph) -> Dataset:
+    sources = {split: GraphSplit(graph, split) for split in SPLITS}
+    return Dataset(
+        name=name,
+        kind="graph",
+        input_shape=graph.nodes.shape,
+        num_classes=graph.num_classes,
+        train=sources["train"],
+        eval={split: source for split, source in sources.items() if split != "train"},
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+
+
+def _load_graph(config: DataConfig) -> Dataset:
+    if config.name == "graph" and not config.path:
+        raise UsageError("data.path is not set; data.name='graph' reads the npz file that it names")
+    loaders: dict[str, Callable[[], Graph]] = {
+        "cora": lambda: graph_sets.load_cora(config.path),
+        "digits_graph": graph_sets.load_digits,
+        "graph": lambda: graph_sets.load_file(config.path, normalize_rows=config.normalize_rows),
+        "ogbn_arxiv": lambda: graph_sets.load_arxiv(config.path),
+    }
+    return _graph_dataset(config, config.name, loaders[config.name]())
+
+
 def _load_tiny_shakespeare(config: DataConfig) -> Dataset:
     return _text_dataset(config, config.name, text.load_prepared(config.name, config.dir, config.length))
 
@@ -204,6 +237,8 @@ def _synthetic_text(config: DataConfig, name: str, num_train: int, num_test: int
 def _smoke(config: DataConfig) -> Dataset:
     name = f"smoke:{config.name}"  # never to be taken for the real set, by a reader or by the fingerprint
     num_train = max(_SMOKE_EXAMPLES, 2 * config.batch_size)
+    if config.name in _GRAPHS:
+        return _graph_dataset(config, name, graph_sets.generated(num_nodes=60, features=16, num_classes=4))
     if _is_text(config.name):
         return _synthetic_text(config, name, num_train, _SMOKE_EXAMPLES // 4)
     shape, num_classes = _IMAGE_SHAPES.get(config.name, (_SYNTHETIC_SHAPE, config.num_classes))
@@ -217,6 +252,10 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "cifar10": _load_tfds,
     "cifar100": _load_tfds,
     "imagenette": _load_tfds,
+    "cora": _load_graph,
+    "digits_graph": _load_graph,
+    "graph": _load_graph,
+    "ogbn_arxiv": _load_graph,
     "tiny_shakespeare": _load_tiny_shakespeare,
     "text": _load_text,
     "sequential_digits": _load_sequential,

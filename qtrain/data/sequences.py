@@ -11,6 +11,7 @@ import dataclasses
 import numpy as np
 
 from qtrain.data.dataset import Dataset, ImageArrays, ImageSource, TokenSource
+from qtrain.data.graphs import GraphSplit
 from qtrain.errors import UsageError
 
 PREFIX = "sequential_"
@@ -54,7 +55,7 @@ def sequential(dataset: Dataset) -> Dataset:
     (64, 1, 1)
     """
     train = dataset.train
-    if dataset.kind != "image" or isinstance(train, TokenSource):
+    if dataset.kind != "image" or isinstance(train, TokenSource | GraphSplit):
         raise UsageError(f"data.name is {dataset.name!r}, which is text and a sequence as it is; give an image set")
     if dataset.augment:
         raise UsageError(
@@ -63,7 +64,9 @@ def sequential(dataset: Dataset) -> Dataset:
         )
     height, width, channels = dataset.input_shape
     evaluation = {
-        s: PixelSequences(source) for s, source in dataset.eval.items() if not isinstance(source, TokenSource)
+        s: PixelSequences(source)
+        for s, source in dataset.eval.items()
+        if not isinstance(source, TokenSource | GraphSplit)
     }
     return dataclasses.replace(
         dataset,

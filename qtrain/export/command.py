@@ -107,6 +107,8 @@ def _prepared(workdir: Any, out: Any, program: Any, bits: int | None, platforms:
     if platforms is not None:
         check_platforms(platforms)
     experiment = experiment_of(workdir, "export")
+    if experiment.dataset.kind == "graph":
+        raise UsageError(f"export: data.name={experiment.config.data.name!r} is a graph; export takes models of arrays")
     inputs = experiment.inputs()
     variables = restored(workdir, experiment).variables
     precision = experiment.precision_at(experiment.total_steps - 1)

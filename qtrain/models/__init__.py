@@ -4,8 +4,10 @@ Every one is called as ``model.apply(variables, x, train=False)``, computes in i
 float32.
 """
 
-from qtrain.models.build import MODELS, build
+from qtrain.models.build import GRAPH_MODELS, MODELS, build
 from qtrain.models.cnn import CNN
+from qtrain.models.gcn import GCN
+from qtrain.models.graph_sage import GraphSAGE
 from qtrain.models.imagenet_resnet import ImageNetResNet
 from qtrain.models.lstm import LSTMLM, LSTMClassifier
 from qtrain.models.mlp import MLP
@@ -18,11 +20,14 @@ from qtrain.models.vit import ViT
 
 __all__ = [
     "CNN",
+    "GCN",
+    "GRAPH_MODELS",
     "LSTMLM",
     "MLP",
     "MODELS",
     "S5LM",
     "CifarResNet",
+    "GraphSAGE",
     "ImageNetResNet",
     "LSTMClassifier",
     "MobileNetV2",

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.models import mobilenet, s5, s5_ssm, transformer, vit
 from qtrain.models.cnn import CNN
+from qtrain.models.gcn import GCN, NORMS
+from qtrain.models.graph_sage import GraphSAGE
 from qtrain.models.imagenet_resnet import BLOCKS, ImageNetResNet
 from qtrain.models.lstm import LSTMLM, LSTMClassifier
 from qtrain.models.mlp import MLP
@@ -28,6 +30,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 _DEPTH = Value(
     "6n + 2, such as 20, 32, 38, 44, 56, 74, 110 or 152", lambda v: v if whole(v, 8) and v % 6 == 2 else None
 )
+
+_GRAPH: dict[str, Value] = {
+    "num_layers": POSITIVE,
+    "width": POSITIVE,
+    "norm": choice(*NORMS),
+    "dropout": RATE,
+    "input_dropout": RATE,
+}
 
 MODELS: dict[str, tuple[type[nn.Module], dict[str, Value]]] = {
     "mlp": (MLP, {"features": WIDTHS, "dropout": RATE}),
@@ -123,8 +133,13 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Value]]] = {
             "remat": SWITCH,
         },
     ),
+    "gcn": (GCN, _GRAPH),
+    "graph_sage": (GraphSAGE, _GRAPH),
 }
 """Name → (module, the fields that a config may set)."""
+
+GRAPH_MODELS = ("gcn", "graph_sage")
+"""Those of `MODELS` that take a graph."""
 
 
 def build(config_model: Mapping[str, Any], *, num_classes: int, input_shape: Sequence[int]) -> nn.Module:
@@ -135,7 +150,8 @@ def build(config_model: Mapping[str, Any], *, num_classes: int, input_shape: Seq
         module's own fields; what is not named keeps the module's default. A mapping or ``ConfigDict``.
       num_classes: of the labels; for a language model its vocabulary size.
       input_shape: of one example, without the batch: ``(height, width, channels)``, or ``(length,)`` for tokens, which
-        is also the default of ``max_length``. An lstm also takes ``(length, features)``.
+        is also the default of ``max_length``. An lstm also takes ``(length, features)``; a graph has ``(nodes,
+        features)``.
 
     Raises:
       UsageError: an unknown name or key, an illegal value, an input shape that does not suit the model.
@@ -165,6 +181,10 @@ def build(config_model: Mapping[str, Any], *, num_classes: int, input_shape: Seq
     shape = tuple(input_shape)
     if name in _SEQUENCES:
         return _SEQUENCES[name](fields, num_classes, shape)
+    if name in GRAPH_MODELS:
+        if len(shape) != 2:
+            raise UsageError(f"model.name={name!r} takes a graph (nodes, features); the data has shape {shape}")
+        return module(num_classes=num_classes, **fields)
     if name != "mlp" and len(shape) != 3:
         raise UsageError(f"model.name={name!r} takes images (height, width, channels); the data has shape {shape}")
     model = module(num_classes=num_classes, **fields)

@@ -78,7 +78,9 @@ def search_run(
     widths = check_widths(_candidates(experiment, widths), searched)
     _check_promise(experiment, widths)
 
-    example = jax.ShapeDtypeStruct((1, *experiment.inputs().shape[1:]), experiment.inputs().dtype)
+    example = experiment.inputs()
+    if experiment.dataset.kind != "graph":  # which is one example
+        example = jax.ShapeDtypeStruct((1, *example.shape[1:]), example.dtype)
     plan = experiment.qmodel.plan(example, train=False)
     scheduled, acts = experiment.q_max, experiment.schedule.acts == experiment.schedule.weights
     costs = layer_costs(plan, searched, widths, scheduled, acts=acts)
