@@ -32,6 +32,12 @@ def _imagenet(model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _state_space(learning_rate: float) -> tuple[dict[str, Any], ...]:
+    """The parameters of the S5 recurrence, which the authors train at a slower rate, without decay."""
+    names = "A/.*|B_real/kernel|B_imag/kernel|discretisation/.*"
+    return ({"path": f".*/ssm/({names})", "learning_rate": learning_rate, "weight_decay": 0.0},)
+
+
 TASKS: dict[str, dict[str, Any]] = {
     "digits_mlp": {
         "data": {"name": "digits", "batch_size": 64},
@@ -50,6 +56,24 @@ TASKS: dict[str, dict[str, Any]] = {
         "model": {"name": "resnet", "depth": 8, "width": 0.5},
         "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine"},
         "train": {"steps": 1500},
+    },
+    "digits_mobilenet": {
+        "data": {"name": "digits", "batch_size": 64, "augment": ("crop",), "crop_padding": 1},
+        "model": {"name": "mobilenet", "width": 0.25, "blocks": (1, 2, 2), "last_features": 128, "reduction": 8},
+        "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine"},
+        "train": {"steps": 2000},
+    },
+    "digits_vit": {
+        "data": {"name": "digits", "batch_size": 64, "augment": ("crop",), "crop_padding": 1},
+        "model": {"name": "vit", "patch": 2, "num_layers": 4, "width": 64, "num_heads": 4},
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.05,
+            "schedule": "cosine",
+            "warmup_percent": 5.0,
+        },
+        "train": {"steps": 2500},
     },
     "mnist_mlp": {
         "data": {"name": "mnist", "batch_size": 128},
@@ -81,6 +105,76 @@ TASKS: dict[str, dict[str, Any]] = {
         "model": {"name": "cnn", "features": (32, 64, 128), "hidden": 128},
         "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine"},
         "train": {"steps": 15_600},
+    },
+    "cifar100_mobilenet": {
+        "data": {"name": "cifar100", "batch_size": 128, "augment": ("crop", "flip")},
+        "model": {"name": "mobilenet", "reduction": 8},
+        "optimizer": {
+            "name": "sgd",
+            "learning_rate": 0.03,
+            "momentum": 0.9,
+            "weight_decay": 1e-4,
+            "schedule": "step",
+            "boundaries_percent": (50, 75),
+        },
+        "train": {"steps": 64_000},
+    },
+    "sequential_digits_s5": {
+        "data": {"name": "sequential_digits", "batch_size": 64},
+        "model": {
+            "name": "s5",
+            "num_layers": 2,
+            "width": 32,
+            "state_size": 32,
+            "bidirectional": True,
+            "dropout": 0.1,
+        },
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 4e-3,
+            "weight_decay": 0.05,
+            "clip_norm": 1.0,
+            "groups": _state_space(1e-3),
+        },
+        "train": {"steps": 1500},
+    },
+    "sequential_mnist_s5": {
+        "data": {"name": "sequential_mnist", "batch_size": 50},
+        "model": {"name": "s5", "num_layers": 4, "width": 96, "state_size": 128, "dropout": 0.1},
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 8e-3,
+            "weight_decay": 0.01,
+            "groups": _state_space(2e-3),
+            "warmup_epochs": 1.0,
+        },
+        "train": {"epochs": 150.0},
+    },
+    "sequential_cifar10_s5": {
+        "data": {"name": "sequential_cifar10", "batch_size": 50},
+        "model": {
+            "name": "s5",
+            "num_layers": 6,
+            "width": 512,
+            "state_size": 384,
+            "blocks": 3,
+            "bidirectional": True,
+            "dropout": 0.1,
+        },
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 4.5e-3,
+            "weight_decay": 0.07,
+            "groups": _state_space(1e-3),
+            "warmup_epochs": 1.0,
+        },
+        "train": {"epochs": 250.0},
+    },
+    "cylinder_bell_funnel_lstm": {
+        "data": {"name": "cylinder_bell_funnel", "batch_size": 64},
+        "model": {"name": "lstm", "num_layers": 1, "width": 32},
+        "optimizer": {"name": "adam", "learning_rate": 5e-3, "clip_norm": 1.0, "schedule": "cosine"},
+        "train": {"steps": 500},
     },
     "cora_gcn": {
         "data": {"name": "cora", "batch_size": 1},
@@ -124,6 +218,66 @@ TASKS: dict[str, dict[str, Any]] = {
         "train": {"steps": 5880},
     },
     **{f"imagenet_resnet{depth}": _imagenet({"name": "imagenet_resnet", "depth": depth}) for depth in (18, 50)},
+    "imagenet_vit": {
+        "data": {**_imagenet({})["data"], "batch_size": 1024},
+        "model": {
+            "name": "vit",
+            "patch": 16,
+            "num_layers": 12,
+            "width": 192,
+            "num_heads": 3,
+            "drop_path": 0.1,
+        },
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 1e-3,
+            "weight_decay": 0.05,
+            "schedule": "cosine",
+            "warmup_epochs": 5.0,
+        },
+        "train": {"epochs": 300.0},
+    },
+    "python_reference_lstm": {
+        "data": {"name": "python_reference", "batch_size": 16, "length": 128},
+        "model": {"name": "lstm", "num_layers": 1, "width": 256},
+        "optimizer": {
+            "name": "adam",
+            "learning_rate": 4e-3,
+            "clip_norm": 1.0,
+            "schedule": "cosine",
+            "warmup_percent": 5.0,
+        },
+        "train": {"steps": 1500},
+    },
+    "text_lstm": {
+        "data": {"name": "text", "batch_size": 20, "length": 35},
+        "model": {"name": "lstm", "num_layers": 1, "width": 800, "dropout": 0.5},
+        "optimizer": {"name": "adam", "learning_rate": 1e-3, "clip_norm": 1.0, "schedule": "cosine"},
+        "train": {"epochs": 40.0},
+    },
+    "lm1b_transformer": {
+        "data": {"name": "lm1b", "batch_size": 256, "length": 512, "workers": 8, "prefetch": 16},
+        "model": {
+            "name": "transformer",
+            "num_layers": 12,
+            "width": 768,
+            "num_heads": 12,
+            "positions": "rotary",
+            "norm": "rms",
+            "mlp": "swiglu",
+            "use_bias": False,
+        },
+        "optimizer": {
+            "name": "adamw",
+            "learning_rate": 6e-4,
+            "weight_decay": 0.1,
+            "clip_norm": 1.0,
+            "schedule": "cosine",
+            "warmup_steps": 2000,
+            "final_factor": 0.1,
+        },
+        "train": {"steps": 100_000},
+    },
     "tiny_shakespeare_transformer": {
         "data": {"name": "tiny_shakespeare", "batch_size": 16, "length": 128},
         "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4, "dropout": 0.1},
@@ -162,6 +316,10 @@ _SMOKE_MODELS: dict[str, dict[str, Any]] = {
     "resnet": {"depth": 8, "width": 0.25},
     "imagenet_resnet": {"depth": 18, "width": 0.0625},
     "transformer": {"num_layers": 1, "width": 16, "num_heads": 2},
+    "mobilenet": {"width": 0.1, "blocks": (1, 1), "last_features": 16},
+    "vit": {"num_layers": 1, "width": 16, "num_heads": 2},
+    "lstm": {"num_layers": 1, "width": 16},
+    "s5": {"num_layers": 1, "width": 16, "state_size": 8, "blocks": 1},
     "gcn": {"width": 8},
     "graph_sage": {"width": 8},
 }
@@ -188,8 +346,9 @@ def base_config(task: str) -> ConfigDict:
                  `qtrain.methods.multi_precision.from_config`; ``data.repeat``: steps that take the same batch
     schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ. The
                  values of "rounds" are the widths unless given
-    optimizer    `qtrain.optim.optimizer`; ``quant``: learned quantizer parameters; ``transition``: of the optimizers
-                 sgdt, adamt and adamwt; ``oscillation``: ``track`` (as metrics), ``freeze``
+    optimizer    `qtrain.optim.optimizer`; ``groups``: parameters, by path, with a ``learning_rate`` or
+                 ``weight_decay`` of their own; ``quant``: learned quantizer parameters; ``transition``: of the
+                 optimizers sgdt, adamt and adamwt; ``oscillation``: ``track`` (as metrics), ``freeze``
     budget       what learned widths may cost: ``unit`` ("none", "bits", "bytes", "bitops"), ``target``, see
                  `qtrain.losses.budget.budget_from_config`
     losses       penalties added to the loss: ``<name>.rate`` and its ``schedule``, see `qtrain.losses`
@@ -252,6 +411,7 @@ def _shared_keys() -> dict[str, Any]:
             "clip_norm": 0.0,
             "accumulate_steps": 1,
             "options": {},
+            "groups": (),
             "quant": {"learning_rate": placeholder(float), "weight_decay": 0.0, "width_learning_rate": 0.02},
             "transition": {
                 "factor": 5e-3,

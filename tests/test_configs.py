@@ -31,8 +31,14 @@ STAND_INS = {
     "cifar10": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 10},
     "cifar100": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 100},
     "imagenette": {"name": "synthetic", "num_classes": 10, "central_crop": 1.0, "num_train": 256, "num_test": 8},
-    "tfds:imagenet2012": {"name": "synthetic", "central_crop": 1.0, "num_train": 256, "num_test": 8},
+    "tfds:imagenet2012": {"name": "synthetic", "central_crop": 1.0, "num_train": 1024, "num_test": 8},
     "tiny_shakespeare": {"name": "synthetic_text"},
+    "lm1b": {"name": "synthetic_text"},
+    "python_reference": {"name": "synthetic_text"},
+    "text": {"name": "synthetic_text"},
+    "ogbn_arxiv": {"name": "digits_graph"},
+    "sequential_mnist": {"name": "sequential_digits"},
+    "sequential_cifar10": {"name": "sequential_digits"},
 }
 
 

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prepared_set import write_text_set
 
 from qtrain import data
 from qtrain.data import digits, images, synthetic
 from qtrain.data.augment import channel_statistics
+from qtrain.errors import UsageError
 
 PREPARED = Path(os.environ.get("TFDS_DATA_DIR") or Path(__file__).parents[2] / "shared" / "data" / "tfds")
 
@@ -100,6 +102,8 @@ def test_synthetic_tokens_are_deterministic_and_learnable():
         ("cifar100", (32, 32, 3), 100),
         ("imagenette", (40, 50, 3), 10),
         ("tiny_shakespeare", (16,), 256),
+        ("lm1b", (16,), 256),
+        ("python_reference", (16,), 256),
         ("text", (16,), 256),
         ("synthetic", (4, 6, 2), 7),
         ("synthetic_text", (16,), 256),
@@ -126,6 +130,25 @@ def test_text_file_is_split_in_order(tmp_path):
     assert [len(part.tokens) for part in parts] == [360, 20, 20]
     assert b"".join(part.tokens.tobytes() for part in parts) == content
     assert dataset.kind == "tokens" and dataset.vocab == 256
+
+
+def test_prepared_text_without_a_validation_split(tmp_path):
+    write_text_set(tmp_path / "lm1b" / "1.1.0", {"train": [b"The first .", b"A second ."], "test": [b"The last one ."]})
+    dataset = data.load({"name": "lm1b", "dir": str(tmp_path), "length": 4, "batch_size": 2})
+    assert dataset.train.tokens.tobytes() == b"The first .\nA second ."
+    assert list(dataset.eval) == ["test"] and dataset.eval["test"].tokens.tobytes() == b"The last one ."
+
+
+def test_python_reference(monkeypatch):
+    dataset = data.load({"name": "python_reference", "length": 64})
+    parts = [dataset.train.tokens, *(source.tokens for source in dataset.eval.values())]
+    text = b"".join(part.tobytes() for part in parts)
+    assert len(text) > 300_000 and b'The "assert" statement' in text
+    assert abs(len(parts[0]) / len(text) - 0.9) < 1e-4
+    monkeypatch.setitem(sys.modules, "pydoc_data", None)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(UsageError, match="no module pydoc_data"):
+        data.load({"name": "python_reference"})
 
 
 def test_digits_need_neither_tfds_nor_tensorflow():

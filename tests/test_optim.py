@@ -195,6 +195,27 @@ def test_the_update_compiles_once():
     assert traces == 1
 
 
+def test_groups_have_a_rate_and_a_decay_of_their_own():
+    groups = ({"path": ".*/bias", "learning_rate": 0.0}, {"path": "Dense_0/.*", "learning_rate": 0.01})
+    found = run(settings(name="adamw", weight_decay=0.1, groups=groups))[-1]["params"]["Dense_0"]
+    slow = settings(name="adamw", weight_decay=0.1)
+    slow.learning_rate = 0.01
+    alone = run(slow)[-1]["params"]["Dense_0"]
+    np.testing.assert_allclose(found["kernel"], alone["kernel"], rtol=1e-6)
+    np.testing.assert_array_equal(found["bias"], tree(0)["params"]["Dense_0"]["bias"])
+    without = run(settings(name="adamw", weight_decay=0.1, groups=({"path": ".*", "weight_decay": 0.0},)))[-1]
+    decayless = run(settings(name="adamw"))[-1]
+    np.testing.assert_allclose(
+        without["params"]["Dense_0"]["kernel"], decayless["params"]["Dense_0"]["kernel"], rtol=1e-6
+    )
+
+
+def test_a_group_that_matches_nothing():
+    transform, _ = optimizer(settings(groups=({"path": "Dense_1/.*"},)), STEPS, EPOCH)
+    with pytest.raises(UsageError, match=r"optimizer.groups.0..path='Dense_1/..': matches no parameter.*Dense_0/bias"):
+        transform.init(tree(0))
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -210,6 +231,9 @@ def test_the_update_compiles_once():
         ({"boundaries_percent": (50, 100)}, "optimizer.boundaries_percent"),
         ({"accumulate_steps": STEPS + 1}, "optimizer.accumulate_steps=101"),
         ({"options": {"beta": 0.9}}, "optimizer.options.beta: optax.adam takes"),
+        ({"groups": ({"path": "Dense_0/bias", "rate": 1.0},)}, "optimizer.groups.0..rate: no such key"),
+        ({"groups": ({"path": "("},)}, "optimizer.groups.0..path='.': not a regular expression"),
+        ({"groups": ({"path": ".*", "weight_decay": -1.0},)}, "optimizer.groups.0..weight_decay=-1.0"),
         ({"options": {"b1": "x"}}, "optimizer.options=.*optax.adam refuses"),
     ],
 )

@@ -28,6 +28,8 @@ _IMAGE_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
 }
 _TFDS_NAMES = {"imagenette": "imagenette/160px-v2"}  # where TFDS has it under another
 _SEQUENCES = ("sequential_digits", "sequential_mnist", "sequential_cifar10", "cylinder_bell_funnel")
+_PREPARED_TEXTS = ("tiny_shakespeare", "lm1b")
+_TEXTS = (*_PREPARED_TEXTS, "python_reference", "text", "synthetic_text")
 _NEVER_RESIZED = ("digits", "synthetic")
 _GRAPHS = ("cora", "digits_graph", "graph", "ogbn_arxiv")
 _FILES = ("text", "cora", "graph", "ogbn_arxiv")
@@ -94,7 +96,7 @@ def _check(config: DataConfig) -> None:
 
 
 def _is_text(name: str) -> bool:
-    return name in ("tiny_shakespeare", "text", "synthetic_text")
+    return name in _TEXTS
 
 
 def _image_dataset(
@@ -199,12 +201,14 @@ def _load_graph(config: DataConfig) -> Dataset:
     return _graph_dataset(config, config.name, loaders[config.name]())
 
 
-def _load_tiny_shakespeare(config: DataConfig) -> Dataset:
-    return _text_dataset(config, config.name, text.load_prepared(config.name, config.dir, config.length))
-
-
 def _load_text(config: DataConfig) -> Dataset:
-    return _text_dataset(config, config.name, text.load_file(config.path, config.length))
+    if config.name in _PREPARED_TEXTS:
+        sources = text.load_prepared(config.name, config.dir, config.length)
+    elif config.name == "python_reference":
+        sources = text.load_python_reference(config.length)
+    else:
+        sources = text.load_file(config.path, config.length)
+    return _text_dataset(config, config.name, sources)
 
 
 def _load_synthetic(config: DataConfig) -> Dataset:
@@ -256,7 +260,9 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "digits_graph": _load_graph,
     "graph": _load_graph,
     "ogbn_arxiv": _load_graph,
-    "tiny_shakespeare": _load_tiny_shakespeare,
+    "tiny_shakespeare": _load_text,
+    "lm1b": _load_text,
+    "python_reference": _load_text,
     "text": _load_text,
     "sequential_digits": _load_sequential,
     "sequential_mnist": _load_sequential,

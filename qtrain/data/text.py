@@ -1,4 +1,4 @@
-"""Byte text: tiny_shakespeare as TFDS prepares it, or any file. A token is a byte, the vocabulary 256."""
+"""Byte text: TFDS sets, any file, or the reference of Python itself. A token is a byte, the vocabulary 256."""
 
 from __future__ import annotations
 
@@ -15,14 +15,39 @@ FRACTIONS = {"train": 0.90, "validation": 0.05, "test": 0.05}  # of a file, in t
 
 
 def load_prepared(name: str, configured_dir: str, length: int) -> dict[str, TokenSource]:
-    """The splits of a TFDS set whose examples have a `text`, each split's examples joined into one run of bytes."""
+    """The splits of a TFDS set whose examples have a `text`, each split's examples joined by newlines, in memory.
+
+    The One Billion Word set (lm1b) is 4 GB of bytes and has no validation split.
+    """
     prepared = PreparedSet(name, configured_dir)
     sources = {}
     for split in FRACTIONS:
+        if split == "validation" and split not in prepared.splits:
+            continue
         records = prepared.records(split)
-        text = b"".join(records[index]["text"] for index in range(len(records)))
+        text = b"\n".join(records[index]["text"] for index in range(len(records)))
         sources[split] = _source(np.frombuffer(text, np.uint8), length, f"the {split} text of {name!r}")
     return sources
+
+
+def load_python_reference(length: int) -> dict[str, TokenSource]:
+    """The topics of Python's own language reference, as `help("topics")` shows them, in the order of their names.
+
+    About 700 kB of English and code that every Python brings along; what exactly depends on its version. Split like a
+    file.
+
+    Raises:
+      UsageError: this Python was packed without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UsageError(
+            "data.name is 'python_reference', which this Python was packed without (no module pydoc_data); "
+            "read a file by data.name='text' and data.path"
+        ) from None
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return _in_parts(np.frombuffer(text.encode(), np.uint8), length, "the Python reference")
 
 
 def load_file(path: str, length: int) -> dict[str, TokenSource]:
@@ -44,9 +69,13 @@ def load_file(path: str, length: int) -> dict[str, TokenSource]:
         raise UsageError(f"data.path is {path!r}, which cannot be read ({error.strerror})") from error
     if not len(tokens):
         raise UsageError(f"data.path is {path!r}, which is empty")
+    return _in_parts(tokens, length, repr(path))
+
+
+def _in_parts(tokens: np.ndarray, length: int, whole: str) -> dict[str, TokenSource]:
     borders = [round(len(tokens) * fraction) for fraction in np.cumsum([0.0, *FRACTIONS.values()])]
     return {
-        split: _source(tokens[first:last], length, f"the {split} part ({FRACTIONS[split]:.0%}) of {path!r}")
+        split: _source(tokens[first:last], length, f"the {split} part ({FRACTIONS[split]:.0%}) of {whole}")
         for split, first, last in zip(FRACTIONS, borders[:-1], borders[1:], strict=True)
     }
 

@@ -16,6 +16,7 @@ from qtrain.optim.codes import Codes
 from qtrain.optim.freezing import freeze_oscillations, freezing_threshold
 from qtrain.optim.learning_rate import learning_rate_schedule
 from qtrain.optim.oscillation import track_oscillations
+from qtrain.optim.path_groups import by_path_groups
 from qtrain.optim.transition import scale_by_transition_rate
 from qtrain.trees import leaf_name
 
@@ -86,10 +87,10 @@ def optimizer(
         into one update; ``options``: further arguments of the optax function; ``quant``: ``learning_rate`` (None: the
         same), following the same schedule, and ``weight_decay`` of learned quantizer parameters, and
         ``width_learning_rate`` of learned widths: these are moved by Adam whatever `name` says, at this many bits a
-        step, following the same schedule; ``transition``: see
-        `transition_from_config`; ``oscillation``: ``track`` counts the oscillations of quantized weights, ``freeze``
-        also freezes weights by `freezing_threshold` (``freeze_start``, ``freeze_end``, ``freeze_from_percent``), both
-        with ``momentum``.
+        step, following the same schedule; ``groups``: parameters with a rate or a decay of their own, see
+        `by_path_groups`; ``transition``: see `transition_from_config`; ``oscillation``: ``track`` counts the
+        oscillations of quantized weights, ``freeze`` also freezes weights by `freezing_threshold` (``freeze_start``,
+        ``freeze_end``, ``freeze_from_percent``), both with ``momentum``.
       total_steps: training steps (micro-batches).
       steps_per_epoch: of the training data.
       groups: which parameter belongs to which group; None: all are ordinary.
@@ -117,7 +118,12 @@ def optimizer(
         raise UsageError(f"optimizer.momentum={config['momentum']!r}: give a number from 0 to below 1")
     schedule = learning_rate_schedule(config, total_steps, steps_per_epoch, every)
     held = frozenset() if groups is None else groups.held
-    ordinary = _base(config, schedule, config["weight_decay"], held)
+    ordinary = by_path_groups(
+        config["groups"],
+        config["learning_rate"],
+        config["weight_decay"],
+        lambda factor, decay: _base(config, lambda step: factor * schedule(step), decay, held),
+    )
     clip = [optax.clip_by_global_norm(config["clip_norm"])] if config["clip_norm"] else []
     if groups is None or groups.labels is None:
         if name in TRANSITION:
