@@ -1,7 +1,8 @@
-"""Runs the table of this folder's README and writes one JSON line a run: config, overrides, seed, summary.
+"""Runs the tables of this folder's README and writes one JSON line a run: config, overrides, seed, summary.
 
-    python experiments/first_runs/run.py --data-dir FOLDER [--only digits] [--seeds 0 1 2]
-    python experiments/first_runs/run.py --table    # the lines as a Markdown table
+    python experiments/families/run.py --data-dir FOLDER [--only digits resnet] [--seeds 0 1 2]
+    python experiments/families/run.py --table    # the lines as a Markdown table, a line an arm
+    python experiments/families/run.py --families # a line a family
 
 Each run is a process of its own, as a user starts it. Lines of runs that are already there are kept.
 """
@@ -22,6 +23,7 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FLOAT = ("--config.schedule.name=float", "--config.schedule.grads.name=float")
+CYCLIC = ("--config.schedule.low=3",)
 STATIC = {bits: ("--config.schedule.name=constant", f"--config.schedule.bits={bits}") for bits in (3, 4, 8)}
 
 RUNS = {
@@ -42,6 +44,20 @@ RUNS = {
         ("mnist_cnn_cpt", "float32", FLOAT),
     ],
 }
+TEXTS = ("tiny_shakespeare", "python_reference")
+ARMS = {"float32": FLOAT, "static 8": STATIC[8], "static 4": STATIC[4], "CR 3-8": CYCLIC}
+FAMILIES = {
+    "resnet": "digits_resnet_cpt",
+    "mobilenet": "digits_mobilenet_cpt",
+    "vit": "digits_vit_cpt",
+    "transformer": "tiny_shakespeare_transformer_cpt",
+    "s5": "sequential_digits_s5_cpt",
+    "gcn": "cora_gcn_cpt",
+    "lstm": "python_reference_lstm_cpt",
+    "detect": "digit_scenes_detect_cpt",
+}
+RUNS |= {family: [(config, arm, flags) for arm, flags in ARMS.items()] for family, config in FAMILIES.items()}
+RUNS["transformer"].append(("tiny_shakespeare_transformer_cpt", "CR 4-8", ()))
 
 
 def main() -> None:
@@ -51,11 +67,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(RUNS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--families", action="store_true")
     arguments = parser.parse_args()
     path = HERE / "results.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if arguments.table:
         print(table(done))
+        return
+    if arguments.families:
+        print(families(done))
         return
     for group in arguments.only:
         for config, arm, overrides in RUNS[group]:
@@ -65,22 +85,54 @@ def main() -> None:
                 row = run(config, arm, overrides, seed, arguments.data_dir)
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                print(config, arm, seed, row["summary"]["test_accuracy"], flush=True)
+                print(config, arm, seed, quality(row), flush=True)
+
+
+def quality(row: dict[str, Any]) -> float:
+    """What a run is judged by, on the test split: the loss in nats a byte, or in % the mAP@.5 or the accuracy."""
+    summary = row["summary"]
+    if row["config"].startswith(TEXTS):
+        return summary["test_loss"]
+    return 100 * summary.get("test_map50", summary.get("test_accuracy"))
+
+
+def measured(rows: list[dict[str, Any]], config: str, arm: str) -> str:
+    """Mean, range and number of seeds of an arm."""
+    values = [quality(row) for row in rows if (row["config"], row["arm"]) == (config, arm)]
+    if not values:
+        return ""
+    digits = 3 if config.startswith(TEXTS) else 2
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return f"{mean} (n = 1)"
+    return f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f}, n = {len(values)})"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line an arm: mean, lowest and highest test accuracy over the seeds, saving, wall time."""
-    lines = ["| config | precision | test accuracy, mean (range) | saving | wall time |", "|---|---|---|---|---|"]
+    """One line an arm: the measure over the seeds, saving, wall time."""
+    lines = ["| config | precision | measure, mean (range) | saving | wall time |", "|---|---|---|---|---|"]
     for config, arm in dict.fromkeys((row["config"], row["arm"]) for row in rows):
         summaries = [row["summary"] for row in rows if (row["config"], row["arm"]) == (config, arm)]
-        accuracy = [100 * summary["test_accuracy"] for summary in summaries]
         seconds = [summary["wall_seconds"] for summary in summaries]
-        saving = 100 * summaries[0]["saving"]
-        mean = statistics.mean(accuracy)
         lines.append(
-            f"| `{config}` | {arm} | {mean:.2f} % ({min(accuracy):.2f}–{max(accuracy):.2f}, n = {len(accuracy)}) "
-            f"| {saving:.1f} % | {min(seconds):.0f}–{max(seconds):.0f} s |"
+            f"| `{config}` | {arm} | {measured(rows, config, arm)} | {100 * summaries[0]['saving']:.1f} % "
+            f"| {min(seconds):.0f}–{max(seconds):.0f} s |"
         )
+    return "\n".join(lines)
+
+
+def families(rows: list[dict[str, Any]]) -> str:
+    """One line a family: the measure of each arm; BitOps of a run of CR 3-8, what they save of static 8, its time."""
+    head = ["family", "config", *ARMS, "BitOps of CR 3-8", "time"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for family, config in FAMILIES.items():
+        cyclic = [row["summary"] for row in rows if (row["config"], row["arm"]) == (config, "CR 3-8")]
+        if not cyclic:
+            continue
+        seconds = [one["wall_seconds"] for one in cyclic]
+        cost = f"{cyclic[0]['effective_bitops']:.2e} (−{100 * cyclic[0]['saving']:.0f} %)"
+        cells = [measured(rows, config, arm) for arm in ARMS]
+        lines.append(f"| {' | '.join([family, f'`{config}`', *cells, cost, f'{statistics.mean(seconds):.0f} s'])} |")
     return "\n".join(lines)
 
 
