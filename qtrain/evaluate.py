@@ -19,7 +19,7 @@ from qtrain.state import TrainState, make_eval_step
 
 
 class Evaluator:
-    """Loss and accuracy of a split, each precision by the same compiled program as far as bits can be data.
+    """Loss and quality of a split, each precision by the same compiled program as far as bits can be data.
 
     Args:
       experiment: what is evaluated.
@@ -29,12 +29,14 @@ class Evaluator:
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._experiment, self._mesh = experiment, mesh
         self._batch_size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
-        step = make_eval_step(experiment.qmodel)
-        self._step = jax.jit(step)
+        step, everywhere = make_eval_step(experiment.qmodel, experiment.task), sharding.replicated(mesh)
+        self._step = jax.jit(step, out_shardings=everywhere)
         # A backend whose bits are frozen at compile time closes over them.
-        self._fixed = jax.jit(lambda variables, batch: step(variables, batch, experiment.fixed))
+        self._fixed = jax.jit(
+            lambda variables, batch: step(variables, batch, experiment.fixed), out_shardings=everywhere
+        )
         self._reestimated = experiment.config.eval.reestimate_batches
-        reestimate_step, everywhere = make_reestimate_step(experiment.qmodel), sharding.replicated(mesh)
+        reestimate_step = make_reestimate_step(experiment.qmodel, experiment.task)
         if experiment.fixed is not None:
 
             def reestimate_step(*arguments: Any, _step: Any = reestimate_step) -> Any:
@@ -44,6 +46,8 @@ class Evaluator:
 
     def __call__(self, state: TrainState, split: str = "test") -> dict[str, float]:
         """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``.
+
+        Tasks other than classification have other names than ``accuracy``, see `Task.summary`.
 
         Of a run that trains several widths also ``…_8bit`` and so on, weights and activations at each of them.
         """
@@ -56,29 +60,23 @@ class Evaluator:
         first = {suffix: next(name for name in asked if asked[name] == bits) for suffix, bits in asked.items()}
         found = self.at(state.variables, {suffix: asked[suffix] for suffix in dict.fromkeys(first.values())}, split)
         return {
-            f"{split}_{kind}{suffix}": found[name][kind]
-            for suffix, name in first.items()
-            for kind in ("loss", "accuracy")
+            f"{split}_{kind}{suffix}": value for suffix, name in first.items() for kind, value in found[name].items()
         }
 
     def at(
         self, variables: Mapping[str, Any], asked: Mapping[str, Bits | None], split: str = "test"
     ) -> dict[str, dict[str, float]]:
-        """``{name: {"loss", "accuracy"}}`` of a split at each of `asked`: bits, by layer too, or None for float."""
+        """``{name: {"loss", "accuracy"}}``, `Task.summary`, at each of `asked`: bits, by layer too; None: float."""
         experiment = self._experiment
-        totals = {name: {"loss": 0.0, "correct": 0.0, "count": 0.0} for name in asked}
+        parts: dict[str, list[Any]] = {name: [] for name in asked}
         adapted = {name: self._variables(variables, bits) for name, bits in asked.items()}
         processes = jax.process_index(), jax.process_count()
         for rows in data.eval_batches(experiment.dataset, split, self._batch_size, *processes):
             batch = sharding.shard_batch(rows, self._mesh)
             sums = {name: self._sums(adapted[name], batch, bits) for name, bits in asked.items()}
             for name, values in jax.device_get(sums).items():
-                for kind, value in values.items():
-                    totals[name][kind] += float(value)
-        return {
-            name: {"loss": total["loss"] / total["count"], "accuracy": total["correct"] / total["count"]}
-            for name, total in totals.items()
-        }
+                parts[name].append(values)
+        return {name: experiment.task.summary(found) for name, found in parts.items()}
 
     def _variables(self, variables: Mapping[str, Any], bits: Bits | None) -> Mapping[str, Any]:
         """What to evaluate with: norm statistics are those of training, or made anew for these bits."""

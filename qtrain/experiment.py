@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,6 +48,7 @@ from qtrain.quantizers.native import WIDEST
 from qtrain.schedules import PrecisionSchedule
 from qtrain.sensitivity import weight_traces
 from qtrain.state import NOTHING, TrainState, create
+from qtrain.tasks import IMAGES, Task, task_for
 from qtrain.widths import Widths
 
 PAPERS: dict[str, Callable[[], tuple[Rule, ...]]] = {"cpt": cpt_rules, "trs": trs_rules}
@@ -70,6 +72,7 @@ class Experiment:
       trained_widths: the widths that are trained together, the widest first; empty where there is one precision a step.
       steps_per_update: training steps whose gradients are averaged into one update.
       additions: what the method adds to the train step.
+      task: what is learned.
     """
 
     config: ConfigDict
@@ -89,6 +92,7 @@ class Experiment:
     trained_widths: tuple[int, ...] = ()
     steps_per_update: int = 1
     additions: Additions = NOTHING
+    task: Task = IMAGES
 
     @property
     def q_max(self) -> Precision:
@@ -119,7 +123,7 @@ class Experiment:
         """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's."""
         inputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), self.inputs())
         seed = self.config.seed if seed is None else seed
-        return create(self.qmodel, self.optimizer, seed, inputs, self.additions)
+        return create(self.qmodel, self.optimizer, seed, inputs, self.additions, self.task)
 
     def with_choices(self, choices: Mapping[str, Choice | Mapping[str, Any]]) -> Experiment:
         """The same with its layers carried out as an earlier start of the run chose; see `QuantizedModel.with_choices`.
@@ -165,13 +169,14 @@ def build(config: ConfigDict) -> Experiment:
     total_steps = _total_steps(config, steps_per_epoch)
     schedule = _schedule(config, method, total_steps)
     fields = config.model.to_dict()
-    if (dataset.kind == "graph") != (fields.get("name") in models.GRAPH_MODELS):
-        allowed = [name for name in models.MODELS if (name in models.GRAPH_MODELS) == (dataset.kind == "graph")]
-        raise UsageError(
-            f"model.name={fields.get('name')!r} does not suit data.name={config.data.name!r}, which "
-            f"{'is a graph' if dataset.kind == 'graph' else 'is no graph'}; give one of {', '.join(allowed)}"
-        )
+    _check_suits(fields.get("name"), dataset, config.data.name)
     module = models.build(fields, num_classes=dataset.num_classes, input_shape=dataset.input_shape)
+    task = task_for(dataset, module)
+    if method is not None and method.distill_rate and not task.classifies:
+        raise UsageError(
+            f"multi_precision.distill.rate={method.distill_rate}: distillation compares logits, and model.name="
+            f"{fields['name']!r} finds boxes; set it to 0"
+        )
     rules = _rules(config, method)
     per_width = method.widths if method is not None else ()
     fixed = None
@@ -203,7 +208,7 @@ def build(config: ConfigDict) -> Experiment:
         additions = method.add_to(additions, qmodel, inputs)
         lengths = steps_per_epoch, total_steps
         additions = method.switching.add_to(
-            additions, qmodel, widths, method.widths, config.seed, *lengths, weight_traces
+            additions, qmodel, widths, method.widths, config.seed, *lengths, functools.partial(weight_traces, task=task)
         )
 
     def every(section: str) -> int:
@@ -229,7 +234,23 @@ def build(config: ConfigDict) -> Experiment:
         trained_widths=per_width,
         steps_per_update=fields["accumulate_steps"],
         additions=additions,
+        task=task,
     )
+
+
+def _check_suits(name: Any, dataset: Dataset, data_name: str) -> None:
+    """Refuse a model of graphs or boxes for other data, and the reverse."""
+    for kind, special, is_one, is_none in (
+        ("graph", models.GRAPH_MODELS, "is a graph", "is no graph"),
+        ("boxes", models.BOX_MODELS, "has boxes to find", "has no boxes to find"),
+    ):
+        wanted = dataset.kind == kind
+        if wanted != (name in special):
+            others = [one for one in models.MODELS if one not in (*models.GRAPH_MODELS, *models.BOX_MODELS)]
+            raise UsageError(
+                f"model.name={name!r} does not suit data.name={data_name!r}, which {is_one if wanted else is_none}; "
+                f"give one of {', '.join(special if wanted else others)}"
+            )
 
 
 def _schedule(config: ConfigDict, method: MultiPrecision | None, total_steps: int) -> PrecisionSchedule:
@@ -306,7 +327,7 @@ def _inputs(dataset: Dataset, batch_size: int) -> Any:
     if isinstance(dataset.train, GraphSplit):
         arrays = dataset.train.batch
         return {name: jax.ShapeDtypeStruct(arrays[name].shape, arrays[name].dtype) for name in KEYS}
-    dtype = "float32" if dataset.kind == "image" else "int32"
+    dtype = "int32" if dataset.kind == "tokens" else "float32"
     return jax.ShapeDtypeStruct((batch_size, *dataset.input_shape), dtype)
 
 

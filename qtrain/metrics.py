@@ -1,6 +1,8 @@
 """What is measured while training and evaluating, as clu metrics that accumulate inside the compiled step."""
 
-# Without `from __future__ import annotations`: clu reads a collection's metrics from its annotations.
+from __future__ import annotations
+
+import functools
 from typing import Any
 
 import flax
@@ -18,7 +20,7 @@ class OnChange(metrics.Average):
     """Average of the finite values at the steps whose bits changed; NaN (null in the file) when there were none."""
 
     @classmethod
-    def from_model_output(cls, values: Array, changed: Array, **_: Any) -> "OnChange":
+    def from_model_output(cls, values: Array, changed: Array, **_: Any) -> OnChange:
         """One step's value, counted only if `changed` and finite."""
         counted = changed & jnp.isfinite(values)
         return cls(total=jnp.where(counted, values, 0.0), count=counted.astype(jnp.int32))
@@ -30,32 +32,31 @@ def on_change(name: str) -> type[OnChange]:
     @flax.struct.dataclass
     class FromOutput(OnChange):
         @classmethod
-        def from_model_output(cls, **outputs: Any) -> "OnChange":  # type: ignore[override]
+        def from_model_output(cls, **outputs: Any) -> OnChange:  # type: ignore[override]
             return super().from_model_output(outputs[name], outputs["changed"])
 
     return FromOutput
 
 
-@flax.struct.dataclass
-class TrainMetrics(metrics.Collection):
-    """Averages since the last row that was written.
+@functools.cache
+def train_metrics(measured: tuple[str, ...]) -> type[metrics.Collection]:
+    """A collection of averages since the last row that was written.
 
-    loss, accuracy: of the training batches, at the step's precision; without the penalties.
+    loss: of the training batches, at the step's precision; without the penalties.
+    what is `measured`: likewise.
     penalty: the quantization loss terms, times their rates.
     grad_norm, update_norm: global L2 norms of the gradients (before clipping) and of what is added to the parameters.
     grad_norm_ratio_on_change, update_norm_ratio_on_change: the norm divided by the previous step's, averaged over the
       steps whose bits differ from the step before.
     bits_changes: share of the steps whose bits differ from the step before.
     """
-
-    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    accuracy: metrics.Average.from_output("accuracy")  # type: ignore[valid-type]
-    penalty: metrics.Average.from_output("penalty")  # type: ignore[valid-type]
-    grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
-    update_norm: metrics.Average.from_output("update_norm")  # type: ignore[valid-type]
-    grad_norm_ratio_on_change: on_change("grad_norm_ratio")  # type: ignore[valid-type]
-    update_norm_ratio_on_change: on_change("update_norm_ratio")  # type: ignore[valid-type]
-    bits_changes: metrics.Average.from_output("bits_changed")  # type: ignore[valid-type]
+    averages = ("loss", *measured, "penalty", "grad_norm", "update_norm")
+    return metrics.Collection.create(
+        **{name: metrics.Average.from_output(name) for name in averages},
+        grad_norm_ratio_on_change=on_change("grad_norm_ratio"),
+        update_norm_ratio_on_change=on_change("update_norm_ratio"),
+        bits_changes=metrics.Average.from_output("bits_changed"),
+    )
 
 
 def bits_vector(precision: Precision) -> Array:

@@ -18,7 +18,8 @@ from qtrain.errors import UsageError
 from qtrain.inject import QuantizedModel
 from qtrain.inject.linen import Bits
 from qtrain.inject.trace import never_replay
-from qtrain.state import Batch, inputs_and_labels
+from qtrain.state import Batch
+from qtrain.tasks import IMAGES, Task
 
 Array = jax.Array
 Step = Callable[[Any, Any, Mapping[str, Any], Batch, Bits | None], dict[str, Any]]
@@ -32,7 +33,7 @@ _NOT_TRAINING_STATE = ("params", "quant", "quant_stats")
 _streams = itertools.count()
 
 
-def make_reestimate_step(qmodel: QuantizedModel) -> Step:
+def make_reestimate_step(qmodel: QuantizedModel, task: Task = IMAGES) -> Step:
     """One batch added to the average of norm statistics: ``(average, index, variables, batch, bits) -> average``.
 
     With μ_k and σ²_k the mean and the variance over batch k (from 0) that each ``nn.BatchNorm`` normalizes it by::
@@ -51,6 +52,7 @@ def make_reestimate_step(qmodel: QuantizedModel) -> Step:
 
     Args:
       qmodel: what is to be evaluated.
+      task: what a batch's inputs are.
 
     Returns:
       The step. `average` is a tree as ``variables["batch_stats"]``, whose values do not matter at index 0, and comes
@@ -63,7 +65,7 @@ def make_reestimate_step(qmodel: QuantizedModel) -> Step:
 
     def step(average: Any, index: Any, variables: Mapping[str, Any], batch: Batch, bits: Bits | None) -> dict[str, Any]:
         _check_collection(variables)
-        inputs, _ = inputs_and_labels(batch)
+        inputs = task.inputs(batch)
         dropout, quant = jax.random.split(jax.random.fold_in(jax.random.key(0), index))
         # A stream of a name never used before makes nn.jit inside the model trace anew, with the interceptor.
         rngs = {"dropout": dropout, "quant": quant, f"reestimate_{next(_streams)}": dropout}

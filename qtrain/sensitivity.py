@@ -13,8 +13,8 @@ from flax.core import meta
 
 from qtrain.errors import UsageError
 from qtrain.inject import QuantizedModel, Weight
-from qtrain.metrics import cross_entropy
-from qtrain.state import Batch, inputs_and_labels, masked_mean
+from qtrain.state import Batch
+from qtrain.tasks import IMAGES, Task
 
 Array = jax.Array
 
@@ -143,8 +143,9 @@ def weight_traces(
     key: Array,
     draws: int = DRAWS,
     tolerance: float = TOLERANCE,
+    task: Task = IMAGES,
 ) -> Trace:
-    """`hessian_trace` of the mean cross-entropy of the float model, for each of `weights`: ``{weight.name: trace}``.
+    """`hessian_trace` of the loss of the float model, for each of `weights`: ``{weight.name: trace}``.
 
     The model is taken as evaluation takes it: without quantizers (``bits=None``), dropout off, norm layers normalizing
     by their stored statistics (those of the widest width, where there are several): with those of the batch the loss
@@ -155,8 +156,9 @@ def weight_traces(
       qmodel: the model.
       weights: of which parameters; as `QuantizedModel.weights` gives them.
       variables: ``params`` and the other collections.
-      batches: ``{"image", "label"}`` or ``{"tokens", "targets"}``, of one shape.
+      batches: of the task, of one shape.
       key, draws, tolerance: see `hessian_trace`.
+      task: whose loss it is.
 
     Raises:
       UsageError: as `hessian_trace`.
@@ -168,9 +170,8 @@ def weight_traces(
         params = variables["params"]
         for name, value in arguments.items():
             params = _replaced(params, leaves[name].leaf, value)
-        inputs, labels = inputs_and_labels(data)
-        logits = qmodel.apply({**variables, "params": params}, inputs, train=False)
-        return masked_mean(cross_entropy(logits, labels), data)
+        outputs = qmodel.apply({**variables, "params": params}, task.inputs(data), train=False)
+        return task.loss(outputs, data)
 
     values = {name: meta.unbox(weight.value(variables["params"])) for name, weight in leaves.items()}
     # The variables are arguments of the program: closed over, they would be constants in it.

@@ -10,14 +10,15 @@ import flax
 import jax
 import jax.numpy as jnp
 import optax
+from clu.metrics import Collection
 
 from qtrain import cost
 from qtrain.additions import Additions
 from qtrain.cost import Ops, Total
 from qtrain.inject import QuantizedModel
-from qtrain.metrics import TrainMetrics, bits_vector, cross_entropy
-from qtrain.models.gcn import KEYS as GRAPH_KEYS
+from qtrain.metrics import bits_vector, train_metrics
 from qtrain.precision import Precision
+from qtrain.tasks import IMAGES, Task
 
 Array = jax.Array
 Batch = Mapping[str, Array]
@@ -57,7 +58,7 @@ class TrainState:
     opt_state: Any
     controller: Any
     bitops: Total
-    metrics: TrainMetrics
+    metrics: Collection
     previous: Previous
 
     @property
@@ -72,8 +73,9 @@ def create(
     seed: int,
     inputs: Any,
     additions: Additions = NOTHING,
+    task: Task = IMAGES,
 ) -> TrainState:
-    """The state at step 0; `inputs` gives the shape of a batch."""
+    """The state at step 0; `inputs` gives the shape of a batch, and `task` what is averaged."""
     variables = qmodel.init({"params": jax.random.key(seed), "dropout": jax.random.key(seed)}, inputs)
     collections = {name: value for name, value in variables.items() if name not in ("params", "quant")}
     params, quant = variables["params"], variables["quant"]
@@ -86,23 +88,9 @@ def create(
         opt_state=optimizer.init({"params": params, "quant": quant}),
         controller=additions.controller(),
         bitops=cost.zero(),
-        metrics=TrainMetrics.empty(),
+        metrics=train_metrics(task.measured).empty(),
         previous=Previous(jnp.zeros((3,)), nothing, nothing),
     )
-
-
-def inputs_and_labels(batch: Batch) -> tuple[Any, Array]:
-    """What the model takes and what it is to predict."""
-    if "nodes" in batch:  # a graph
-        return {name: batch[name] for name in GRAPH_KEYS}, batch["label"]
-    return (batch["image"], batch["label"]) if "image" in batch else (batch["tokens"], batch["targets"])
-
-
-def masked_mean(values: Array, batch: Batch) -> Array:
-    """The mean of a value for each label; of those alone that the batch's ``mask`` keeps, where it has one."""
-    if "mask" not in batch:
-        return jnp.mean(values)
-    return jnp.sum(batch["mask"] * values) / jnp.sum(batch["mask"])
 
 
 def make_train_step(
@@ -112,6 +100,7 @@ def make_train_step(
     ops: Ops,
     log_every: int,
     additions: Additions = NOTHING,
+    task: Task = IMAGES,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
     """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", …})``; pure.
 
@@ -124,12 +113,13 @@ def make_train_step(
       ops: the counted operations, priced at the step's precision and added to ``state.bitops``.
       log_every: the averages start anew after every so many steps.
       additions: what the method adds.
+      task: what is learned.
     """
+    Averages = train_metrics(task.measured)
     transform = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Any]]:
         precision = schedule(state.step)
-        inputs, labels = inputs_and_labels(batch)
         step_key = jax.random.fold_in(key, state.step)
         dropout, quant = jax.random.split(step_key)
         rngs = {"dropout": dropout, "quant": quant}
@@ -139,25 +129,25 @@ def make_train_step(
         trained = {"params": state.params, "quant": additions.scheduled(state.step, state.quant)}
 
         def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
-            logits, updated = qmodel.apply(
+            outputs, updated = qmodel.apply(
                 {**trained, **state.collections},
-                inputs,
+                task.inputs(batch),
                 train=True,
                 bits=assigned,
                 rngs=rngs,
                 mutable=list(state.collections),
             )
-            loss = masked_mean(cross_entropy(logits, labels), batch)
+            loss = task.loss(outputs, batch)
             added, controller = jnp.zeros(()), state.controller
             if additions.penalty is not None:
                 learned = trained["params"], trained["quant"]
                 added, controller = additions.penalty(state.step, *learned, assigned, state.controller)
             if additions.output_penalty is not None:
-                more, controller = additions.output_penalty(precision, logits, controller)
+                more, controller = additions.output_penalty(precision, outputs, controller)
                 added += more
-            return loss + added, (loss, added, controller, logits, updated)
+            return loss + added, (loss, added, controller, outputs, updated)
 
-        (_, (loss, added, controller, logits, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        (_, (loss, added, controller, outputs, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
         extra = {"quant": trained["quant"], **additions.update_arguments(precision, assigned, trained)}
         priced = additions.priced(trained["params"], trained["quant"], assigned)
         updates, opt_state = transform.update(grads, state.opt_state, trained, **extra)
@@ -167,10 +157,10 @@ def make_train_step(
         norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
         previous = state.previous
         changed = (state.step > 0) & jnp.any(bits != previous.bits)
-        measured = TrainMetrics.single_from_model_output(
+        measured = Averages.single_from_model_output(
             loss=loss,
             penalty=added,
-            accuracy=masked_mean(jnp.argmax(logits, -1) == labels, batch),
+            **task.measure(outputs, batch),
             grad_norm_ratio=_ratio(norms["grad_norm"], previous.grad_norm),
             update_norm_ratio=_ratio(norms["update_norm"], previous.update_norm),
             changed=changed,
@@ -178,7 +168,7 @@ def make_train_step(
             **norms,
         )
         fresh = state.step % log_every == 0
-        averages = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), TrainMetrics.empty(), state.metrics)
+        averages = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), Averages.empty(), state.metrics)
         averages = averages.merge(measured)
         new_state = dataclasses.replace(
             state,
@@ -222,22 +212,18 @@ def several_steps(
     return steps
 
 
-def make_eval_step(qmodel: QuantizedModel) -> Callable[[Mapping[str, Any], Batch, Precision | None], dict[str, Array]]:
-    """The evaluation step: sums of loss and of correct predictions over the examples (tokens) that `mask` keeps.
+def make_eval_step(
+    qmodel: QuantizedModel, task: Task = IMAGES
+) -> Callable[[Mapping[str, Any], Batch, Precision | None], dict[str, Array]]:
+    """The evaluation step: what a batch, with a ``mask`` of its examples, contributes to the task's summary.
 
-    ``(variables, batch, precision) -> {"loss", "correct", "count"}``; precision None is the float model.
+    ``(variables, batch, precision) -> Task.evaluate``; precision None is the float model.
     """
 
     def eval_step(variables: Mapping[str, Any], batch: Batch, precision: Precision | None) -> dict[str, Array]:
-        inputs, labels = inputs_and_labels(batch)
         # Evaluation is a function of the state alone: rules that round stochastically do so by one fixed key.
         rngs = {"quant": jax.random.key(0)}
-        logits = qmodel.apply(variables, inputs, train=False, bits=precision, rngs=rngs)
-        weights = jnp.broadcast_to(batch["mask"].reshape(-1, *(1,) * (labels.ndim - 1)), labels.shape)
-        return {
-            "loss": jnp.sum(weights * cross_entropy(logits, labels)),
-            "correct": jnp.sum(weights * (jnp.argmax(logits, -1) == labels)),
-            "count": jnp.sum(weights),
-        }
+        outputs = qmodel.apply(variables, task.inputs(batch), train=False, bits=precision, rngs=rngs)
+        return task.evaluate(outputs, batch)
 
     return eval_step

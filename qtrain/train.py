@@ -27,7 +27,7 @@ from qtrain.layer_metrics import make_layer_metrics
 from qtrain.progress import Progress
 from qtrain.reestimate import check_reestimation
 from qtrain.size import size_summary
-from qtrain.state import TrainState, inputs_and_labels, make_train_step, several_steps
+from qtrain.state import TrainState, make_train_step, several_steps
 from qtrain.writers import MetricsWriter
 
 PROFILED_STEPS = (10, 20)
@@ -130,6 +130,7 @@ class _Run:
         self.per_dispatch = config.train.steps_per_dispatch
         self.profile = profile
         self.evaluator = Evaluator(experiment, mesh)
+        self._quality = f"test_{experiment.task.metric}"
         step = make_train_step(
             experiment.qmodel,
             experiment.optimizer,
@@ -137,6 +138,7 @@ class _Run:
             experiment.plan.ops,
             config.train.log_every_steps,
             experiment.additions,
+            experiment.task,
         )
         everywhere, graph = sharding.replicated(mesh), experiment.dataset.kind == "graph"
         self.step_fn = jax.jit(
@@ -155,7 +157,7 @@ class _Run:
         self.fingerprint = data.fingerprint(
             experiment.dataset, config.data.batch_size, config.data.seed, config.data.repeat
         )
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, "test_accuracy")
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, self._quality)
         self.metadata: dict[str, Any] = {"elapsed": 0.0, "compilations": 0}
         self.state = self._initial_state(resume, loaded)
         self.start = int(self.state.step)
@@ -231,7 +233,7 @@ class _Run:
             state = dataclasses.replace(state, params=params, collections={**state.collections, **loaded})
         if experiment.learns:
             with experiment.train_batches() as batches:
-                inputs, _ = inputs_and_labels(sharding.shard_batch(next(batches), self.mesh))
+                inputs = experiment.task.inputs(sharding.shard_batch(next(batches), self.mesh))
             dropout, quant = jax.random.split(self.key)
             variables = experiment.qmodel.calibrate(
                 state.variables,
@@ -279,7 +281,8 @@ class _Run:
                 f"loss is {losses[bad]:g}, its gradient's norm {norms[bad]:g} at step {at + 1} (batch {at}, "
                 f"bits {shown} of weights/acts/grads); last checkpoint: {saved[-1] if saved else 'none'}"
             )
-        self.progress.update(step, loss=losses[-1], bits=bits[-1].tolist())
+        quality = {self._quality: self.evaluated.get(self._quality)}  # of the last evaluation
+        self.progress.update(step, loss=losses[-1], bits=bits[-1].tolist(), **quality)
         if step % self.config.train.log_every_steps == 0:
             averages, bitops = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], (out["metrics"], out["bitops"]))
             values = {name: float(value) for name, value in averages.compute().items()}
@@ -309,7 +312,7 @@ class _Run:
             "compilations": self._compilations(),
         }
         fresh = self.evaluated_at == step
-        metrics = {"test_accuracy": self.evaluated["test_accuracy"]} if fresh else None
+        metrics = {self._quality: self.evaluated[self._quality]} if fresh else None
         self.checkpoints.save(step, self.state, metadata, metrics, wait=wait)
 
     def _compilations(self) -> int:

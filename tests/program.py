@@ -109,6 +109,7 @@ class Steps:
                 experiment.plan.ops,
                 log_every,
                 experiment.additions,
+                experiment.task,
             )
         )
         self.state = initial_state(experiment, config.seed)

@@ -32,7 +32,14 @@ def test_only_labels_that_the_mask_keeps_count():
     """Loss, accuracy and the step are the same whatever is said of the other nodes."""
     experiment = build(config())
     step = jax.jit(
-        make_train_step(experiment.qmodel, experiment.optimizer, experiment.precision, experiment.plan.ops, 1),
+        make_train_step(
+            experiment.qmodel,
+            experiment.optimizer,
+            experiment.precision,
+            experiment.plan.ops,
+            1,
+            task=experiment.task,
+        ),
         compiler_options={"xla_backend_optimization_level": 0},
     )
     batch = jax.tree.map(jnp.asarray, experiment.dataset.train.batch)

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qtrain.metrics import TrainMetrics, bits_vector, cross_entropy
+from qtrain.metrics import bits_vector, cross_entropy, train_metrics
 from qtrain.precision import Precision
 
+AVERAGES = train_metrics(("accuracy",))
 NAN = float("nan")
 
 
 def averages(losses, changed, ratios):
     def one(loss, changed, ratio):
-        return TrainMetrics.single_from_model_output(
+        return AVERAGES.single_from_model_output(
             loss=loss,
             accuracy=loss / 2,
             penalty=loss / 4,
@@ -27,7 +28,7 @@ def averages(losses, changed, ratios):
             bits_changed=changed.astype(jnp.float32),
         )
 
-    total = TrainMetrics.empty()
+    total = AVERAGES.empty()
     for values in zip(losses, changed, ratios, strict=True):
         total = jax.jit(lambda total, *values: total.merge(one(*values)))(total, *map(jnp.asarray, values))
     return {name: float(value) for name, value in total.compute().items()}

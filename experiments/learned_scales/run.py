@@ -35,7 +35,7 @@ from qtrain import data, export, overrides, sharding
 from qtrain.evaluate import Evaluator
 from qtrain.experiment import build
 from qtrain.size import size_summary
-from qtrain.state import create, inputs_and_labels, make_train_step, several_steps
+from qtrain.state import create, make_train_step, several_steps
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -106,7 +106,7 @@ class Program:
             dropout, quant = jax.random.split(key)
             variables = experiment.qmodel.calibrate(
                 state.variables,
-                inputs_and_labels(batch)[0],
+                experiment.task.inputs(batch),
                 bits=self.bits,
                 rngs={"dropout": dropout, "quant": quant},
                 train=True,

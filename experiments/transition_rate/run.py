@@ -33,7 +33,7 @@ from qtrain.evaluate import Evaluator
 from qtrain.experiment import Experiment, build
 from qtrain.init_from import load_float
 from qtrain.optim import transition_metrics
-from qtrain.state import create, inputs_and_labels, make_train_step
+from qtrain.state import create, make_train_step
 from qtrain.train import train
 
 HERE = Path(__file__).parent
@@ -102,7 +102,7 @@ class Program:
         dropout, quant = jax.random.split(jax.random.key(config.seed))
         variables = experiment.qmodel.calibrate(
             state.variables,
-            inputs_and_labels(sharding.shard_batch(batch, self.mesh))[0],
+            experiment.task.inputs(sharding.shard_batch(batch, self.mesh)),
             bits=jax.tree.map(np.float32, experiment.precision_at(0)),
             rngs={"dropout": dropout, "quant": quant},
             train=True,

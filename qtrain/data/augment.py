@@ -31,8 +31,13 @@ def augment(images: np.ndarray, words: np.ndarray, names: Sequence[str], padding
     if "crop" in names:
         images = _crop(images, below(words[:, 0], 2 * padding + 1), below(words[:, 1], 2 * padding + 1), padding)
     if "flip" in names:
-        images = _flip(images, below(words[:, 2], 2).astype(bool), in_place="crop" in names)
+        images = _flip(images, flips(words), in_place="crop" in names)
     return images
+
+
+def flips(words: np.ndarray) -> np.ndarray:
+    """Which examples `flip` mirrors: bool `[B]`, from the third of each one's words."""
+    return below(words[:, 2], 2).astype(bool)
 
 
 def _crop(images: np.ndarray, top: np.ndarray, left: np.ndarray, padding: int) -> np.ndarray:

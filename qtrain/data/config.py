@@ -22,6 +22,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "num_test": (1, 2**31 - 1),
     "workers": (0, 1024),
     "prefetch": (0, 4096),
+    "max_boxes": (1, 1024),
 }
 
 
@@ -46,8 +47,10 @@ class DataConfig:
     # the size they are stored in, if it is one size. The digits have theirs, and text has no use for it.
     image_shape: tuple[int, ...] = ()
     num_classes: int = 10  # of name="synthetic"
-    num_train: int = 1024  # examples (windows, for text) of the synthetic sets
+    num_train: int = 1024  # examples (windows, for text) of the sets that are generated
     num_test: int = 256  # likewise
+    max_boxes: int = 5  # boxes that an example has room for; of name="digit_scenes" the most digits of a scene
+    overlap: float = 0.1  # name="digit_scenes": the largest intersection over union of two boxes, above 0 … 1
     in_memory: bool = True  # decode a TFDS image set once; False decodes each example whenever it is used
     workers: int = 1  # background threads that make batches; 0 makes them in the calling thread
     prefetch: int = 2  # batches made ahead, at least `workers`; 0 makes them in the calling thread

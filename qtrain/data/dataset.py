@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from qtrain.data.boxes import BoxSource
 from qtrain.data.graphs import GraphSplit
 from qtrain.errors import UsageError
 
@@ -84,7 +85,7 @@ class TokenSource:
         return np.ascontiguousarray(window[:, :-1]), np.ascontiguousarray(window[:, 1:])
 
 
-Source = ImageSource | TokenSource | GraphSplit
+Source = ImageSource | TokenSource | GraphSplit | BoxSource
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Dataset:
     """A loaded data set. Everything but the seed and the batch size that the training stream depends on is in here."""
 
     name: str
-    kind: str  # "image" | "tokens" | "graph"
+    kind: str  # "image" | "tokens" | "graph" | "boxes"
     input_shape: tuple[int, ...]  # of one example: (height, width, channels), (length,), or (nodes, features)
     num_classes: int  # for tokens, the vocabulary
     train: Source
@@ -103,6 +104,7 @@ class Dataset:
     augment: tuple[str, ...] = ()
     crop_padding: int = 4  # pixels
     crop_area: float = 0.08  # the smallest share of an image that `resized_crop` leaves
+    max_boxes: int = 0  # of kind "boxes": room for so many in an example
     workers: int = 1  # background threads; neither these nor `prefetch` change a batch
     prefetch: int = 2  # batches
 
@@ -139,10 +141,11 @@ class Dataset:
         if len(self.mean) > 1:
             mean, std = f"({mean})", f"({std})"
         settings = {"crop": f"crop({self.crop_padding})", "resized_crop": f"resized_crop({self.crop_area:g})"}
+        boxes = f"; up to {self.max_boxes} boxes" if self.kind == "boxes" else ""
         augment = ", ".join(settings.get(name, name) for name in self.augment) or "none"
         return (
             f"{self.name}: {self.num_train} train, {sizes} images {shape}, {self.num_classes} classes; "
-            f"(x/{self.max_value:g} − {mean})/{std}; augment {augment}"
+            f"(x/{self.max_value:g} − {mean})/{std}; augment {augment}{boxes}"
         )
 
 

@@ -8,9 +8,10 @@ import grain
 import numpy as np
 
 from qtrain.data.augment import normalize
+from qtrain.data.boxes import BoxSource
 from qtrain.data.dataset import Dataset, Source, TokenSource, check_processes
 from qtrain.data.graphs import GraphSplit
-from qtrain.data.pipeline import read_ahead
+from qtrain.data.pipeline import box_batch, read_ahead
 from qtrain.errors import UsageError, did_you_mean
 
 
@@ -92,6 +93,8 @@ class _EvalBatches:
         if isinstance(self._source, TokenSource):
             tokens, targets = self._source.windows(examples * self._source.length)
             return {"tokens": tokens, "targets": targets, "mask": mask}
+        if isinstance(self._source, BoxSource):
+            return {**box_batch(self._source.scenes(examples), self._dataset), "mask": mask}
         images, labels = self._source.gather(examples)
         dataset = self._dataset
         return {"image": normalize(images, dataset.max_value, dataset.mean, dataset.std), "label": labels, "mask": mask}

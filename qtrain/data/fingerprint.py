@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qtrain.data.boxes import BoxSource
 from qtrain.data.dataset import Dataset, Source, TokenSource
 from qtrain.data.graphs import GraphSplit
 from qtrain.data.randomness import epoch_order
@@ -21,10 +22,10 @@ _SAMPLED_EXAMPLES = 256
 def fingerprint(dataset: Dataset, batch_size: int, seed: int, repeat: int = 1) -> dict[str, Any]:
     """All that determines the training stream and the evaluation, as a flat dictionary fit for JSON.
 
-    Contents enter as a CRC-32: of all bytes of a text, and of 256 images and labels evenly spaced over a split. `order`
-    is the CRC-32 of the first epoch's permutation, so that a release that shuffled differently would be noticed. The
-    numbers of processes, threads and batches read ahead, and decoding early or late, are absent: batches do not depend
-    on them, and a run may be resumed with others.
+    Contents enter as a CRC-32: of all bytes of a text, and of 256 images and labels (boxes) evenly spaced over a split.
+    `order` is the CRC-32 of the first epoch's permutation, so that a release that shuffled differently would be
+    noticed. The numbers of processes, threads and batches read ahead, and decoding early or late, are absent: batches
+    do not depend on them, and a run may be resumed with others.
     """
     result: dict[str, Any] = {
         "data.name": dataset.name,
@@ -40,7 +41,7 @@ def fingerprint(dataset: Dataset, batch_size: int, seed: int, repeat: int = 1) -
     }
     if repeat != 1:  # absent otherwise, as from older runs
         result["data.repeat"] = int(repeat)
-    if dataset.kind == "image":
+    if dataset.kind in ("image", "boxes"):
         result["normalization"] = [dataset.max_value, list(dataset.mean), list(dataset.std)]
         result["data.augment"] = list(dataset.augment)
         if "crop" in dataset.augment:
@@ -78,5 +79,8 @@ def _content(source: Source) -> int:
     if isinstance(source, TokenSource):
         return zlib.crc32(source.tokens.data)
     count = min(len(source), _SAMPLED_EXAMPLES)
-    images, labels = source.gather(np.arange(count) * len(source) // count)
+    examples = np.arange(count) * len(source) // count
+    if isinstance(source, BoxSource):
+        return functools.reduce(lambda code, array: zlib.crc32(array.data, code), source.scenes(examples), 0)
+    images, labels = source.gather(examples)
     return zlib.crc32(labels.astype("<i4").tobytes(), zlib.crc32(images.data))

@@ -19,7 +19,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from qtrain.data.augment import augment, normalize
+from qtrain.data.augment import augment, flips, normalize
+from qtrain.data.boxes import BoxSource, Scenes, mirrored
 from qtrain.data.dataset import Dataset, ImageSource, TokenSource, WindowedSource, check_batch_size
 from qtrain.data.graphs import GraphSplit
 from qtrain.data.randomness import epoch_order, epoch_phase, example_draws
@@ -50,6 +51,8 @@ class _TrainBatches:
             examples[here] = epoch_order(self._dataset.num_train, self._seed, epoch)[offsets[here]]
         if isinstance(self._dataset.train, TokenSource):
             return self._tokens(self._dataset.train, examples, epochs)
+        if isinstance(self._dataset.train, BoxSource):
+            return self._boxes(self._dataset.train, examples, first)
         return self._images(self._dataset.train, examples, first)
 
     def _images(self, source: ImageSource, examples: np.ndarray, first: int) -> dict[str, np.ndarray]:
@@ -72,12 +75,25 @@ class _TrainBatches:
                 images = random_crops(images, words, dataset.crop_area)
         return augment(images, words, dataset.augment, dataset.crop_padding), labels
 
+    def _boxes(self, source: BoxSource, examples: np.ndarray, first: int) -> dict[str, np.ndarray]:
+        scenes = source.scenes(examples)
+        if "flip" in self._dataset.augment:
+            words = example_draws(self._seed, first, self._batch_size)[self._rows]
+            scenes = mirrored(scenes, flips(words))
+        return box_batch(scenes, self._dataset)
+
     def _tokens(self, source: TokenSource, examples: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
         starts = examples * source.length
         for epoch in range(epochs[0], epochs[-1] + 1):
             starts[epochs == epoch] += epoch_phase(self._seed, epoch, source.num_phases)
         tokens, targets = source.windows(starts)
         return {"tokens": tokens, "targets": targets}
+
+
+def box_batch(scenes: Scenes, dataset: Dataset) -> dict[str, np.ndarray]:
+    """Images with boxes as a batch, the images normalized."""
+    images = normalize(scenes.images, dataset.max_value, dataset.mean, dataset.std)
+    return {"image": images, "boxes": scenes.boxes, "label": scenes.labels, "ignored": scenes.ignored}
 
 
 def train_batches(
@@ -94,7 +110,8 @@ def train_batches(
 
     Returns:
       Batches `{"image": float32 [B/P, H, W, C], "label": int32 [B/P]}` or `{"tokens": int32 [B/P, L], "targets": int32
-      [B/P, L]}`.
+      [B/P, L]}`; with boxes, `{"image", "boxes": float32 [B/P, M, 4], "label": int32 [B/P, M], "ignored": bool [B/P,
+      M]}`, see `qtrain.data.boxes.Scenes`.
 
     Raises:
       UsageError: a batch larger than the data, below 1, or not divisible by the number of processes.

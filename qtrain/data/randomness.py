@@ -13,7 +13,7 @@ import functools
 
 import numpy as np
 
-_ORDER, _DRAWS, _PHASE = 1, 2, 3
+_ORDER, _DRAWS, _PHASE, _SCENE = 1, 2, 3, 4
 
 WORDS_PER_EXAMPLE = 4  # one Philox block
 
@@ -42,6 +42,11 @@ def example_draws(seed: int, first: int, count: int) -> np.ndarray:
 def epoch_phase(seed: int, epoch: int, high: int) -> int:
     """A whole number in `0 … high − 1`, uniform up to 2⁻³²: where an epoch's text windows begin."""
     return int(below(_words(seed, _PHASE, (epoch, 0), 1), high)[0])
+
+
+def scene_words(seed: int, index: int, count: int) -> np.ndarray:
+    """Random words of which a generated example is made: uint64 `[count]`, a function of `seed` and `index`."""
+    return _words(seed, _SCENE, (0, index), count)
 
 
 def below(words: np.ndarray, high: int) -> np.ndarray:

@@ -6,9 +6,12 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qtrain.data import digits, graph_sets, images, sequences, synthetic, text
+import numpy as np
+
+from qtrain.data import digit_scenes, digits, graph_sets, images, sequences, synthetic, text, voc
 from qtrain.data.augment import channel_statistics
-from qtrain.data.config import DataConfig, parse_config
+from qtrain.data.boxes import BoxSource
+from qtrain.data.config import DEFAULTS, DataConfig, parse_config
 from qtrain.data.dataset import Dataset, ImageSource, TokenSource, check_batch_size
 from qtrain.data.graphs import SPLITS, Graph, GraphSplit
 from qtrain.errors import UsageError, did_you_mean
@@ -21,6 +24,8 @@ _IMAGE_SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "cifar10": ((32, 32, 3), 10),
     "cifar100": ((32, 32, 3), 100),
     "imagenette": ((128, 128, 3), 10),
+    "digit_scenes": (digit_scenes.SHAPE, 10),
+    "voc": (voc.SHAPE, voc.NUM_CLASSES),
     "sequential_digits": ((64, 1, 1), 10),
     "sequential_mnist": ((784, 1, 1), 10),
     "sequential_cifar10": ((1024, 1, 3), 10),
@@ -31,10 +36,13 @@ _SEQUENCES = ("sequential_digits", "sequential_mnist", "sequential_cifar10", "cy
 _PREPARED_TEXTS = ("tiny_shakespeare", "lm1b")
 _TEXTS = (*_PREPARED_TEXTS, "python_reference", "text", "synthetic_text")
 _NEVER_RESIZED = ("digits", "synthetic")
+_BOXES = ("digit_scenes", "voc", "synthetic_boxes")
 _GRAPHS = ("cora", "digits_graph", "graph", "ogbn_arxiv")
 _FILES = ("text", "cora", "graph", "ogbn_arxiv")
 _SYNTHETIC_SHAPE = (32, 32, 3)
 _SMOKE_EXAMPLES = 512
+_SMOKE_BOXES = 16  # test examples of the smoke form of a set with boxes
+_STATISTICS_SCENES = 256
 
 
 def load(config_data: Mapping[str, Any] | Any, *, smoke: bool = False) -> Dataset:
@@ -81,6 +89,19 @@ def _check(config: DataConfig) -> None:
                 raise UsageError(
                     f"data.{key} is {getattr(config, key)}, but {config.name!r} has no images; leave it at {unset}"
                 )
+    if config.name in _BOXES:
+        if set(config.augment) - {"flip"}:
+            raise UsageError(f"data.augment is {config.augment}, but {config.name!r} has boxes; only 'flip' moves them")
+        if config.central_crop != 1.0:
+            raise UsageError(
+                f"data.central_crop is {config.central_crop:g}, but {config.name!r} has boxes; leave it at 1"
+            )
+    for key, readers in (("max_boxes", _BOXES), ("overlap", ("digit_scenes",))):
+        if getattr(config, key) != DEFAULTS[key] and config.name not in readers:
+            raise UsageError(
+                f"data.{key} is {getattr(config, key)}, which is for data.name={', '.join(map(repr, readers))}, not "
+                f"{config.name!r}"
+            )
     if config.name == "digits" and config.image_shape not in ((), digits.SHAPE):
         raise UsageError(f"data.image_shape is {config.image_shape}, but 'digits' are not resized; leave it at ()")
     stored = _IMAGE_SHAPES.get(config.name)
@@ -122,6 +143,36 @@ def _image_dataset(
         augment=config.augment,
         crop_padding=config.crop_padding,
         crop_area=config.crop_area,
+        workers=config.workers,
+        prefetch=config.prefetch,
+    )
+
+
+def _box_dataset(
+    config: DataConfig,
+    name: str,
+    sources: Mapping[str, BoxSource],
+    shape: tuple[int, ...],
+    num_classes: int,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> Dataset:
+    """Of "train" and other sources; `statistics` by default those of some training images."""
+    train = sources["train"]
+    if statistics is None:
+        some = train.scenes(np.arange(min(len(train), _STATISTICS_SCENES))).images
+        statistics = channel_statistics(some, images.MAX_VALUE)
+    return Dataset(
+        name=name,
+        kind="boxes",
+        input_shape=shape,
+        num_classes=num_classes,
+        train=train,
+        eval={split: source for split, source in sources.items() if split != "train"},
+        max_value=images.MAX_VALUE,
+        mean=statistics[0],
+        std=statistics[1],
+        augment=config.augment,
+        max_boxes=config.max_boxes,
         workers=config.workers,
         prefetch=config.prefetch,
     )
@@ -201,6 +252,34 @@ def _load_graph(config: DataConfig) -> Dataset:
     return _graph_dataset(config, config.name, loaders[config.name]())
 
 
+def _load_digit_scenes(config: DataConfig) -> Dataset:
+    shape = config.image_shape or digit_scenes.SHAPE
+    train, test = digit_scenes.load(shape, config.max_boxes, config.overlap, config.num_train, config.num_test)
+    return _box_dataset(config, config.name, {"train": train, "test": test}, shape, digits.NUM_CLASSES)
+
+
+def _load_voc(config: DataConfig) -> Dataset:
+    shape = config.image_shape or voc.SHAPE
+    prepared = voc.open_set(config.dir)
+    sources = voc.load(prepared, config.in_memory, shape, config.max_boxes)
+    return _box_dataset(config, prepared.name, sources, shape, voc.NUM_CLASSES, (voc.MEAN, voc.STD))
+
+
+def _load_synthetic_boxes(config: DataConfig) -> Dataset:
+    shape = config.image_shape or _SYNTHETIC_SHAPE
+    return _synthetic_boxes(config, config.name, shape, config.num_classes, config.num_train, config.num_test)
+
+
+def _synthetic_boxes(
+    config: DataConfig, name: str, shape: tuple[int, ...], num_classes: int, num_train: int, num_test: int
+) -> Dataset:
+    sources = {
+        split: synthetic.scenes(shape, num_classes, size, config.max_boxes, seed=0, split=index)
+        for index, (split, size) in enumerate({"train": num_train, "test": num_test}.items())
+    }
+    return _box_dataset(config, name, sources, shape, num_classes)
+
+
 def _load_text(config: DataConfig) -> Dataset:
     if config.name in _PREPARED_TEXTS:
         sources = text.load_prepared(config.name, config.dir, config.length)
@@ -247,6 +326,8 @@ def _smoke(config: DataConfig) -> Dataset:
         return _synthetic_text(config, name, num_train, _SMOKE_EXAMPLES // 4)
     shape, num_classes = _IMAGE_SHAPES.get(config.name, (_SYNTHETIC_SHAPE, config.num_classes))
     shape = config.image_shape or shape
+    if config.name in _BOXES:
+        return _synthetic_boxes(config, name, shape, num_classes, max(64, 2 * config.batch_size), _SMOKE_BOXES)
     return _synthetic_images(config, name, shape, num_classes, num_train, _SMOKE_EXAMPLES // 4)
 
 
@@ -260,6 +341,8 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "digits_graph": _load_graph,
     "graph": _load_graph,
     "ogbn_arxiv": _load_graph,
+    "digit_scenes": _load_digit_scenes,
+    "voc": _load_voc,
     "tiny_shakespeare": _load_text,
     "lm1b": _load_text,
     "python_reference": _load_text,
@@ -270,4 +353,5 @@ DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
     "cylinder_bell_funnel": _load_cylinder_bell_funnel,
     "synthetic": _load_synthetic,
     "synthetic_text": _load_synthetic_text,
+    "synthetic_boxes": _load_synthetic_boxes,
 }

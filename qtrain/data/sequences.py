@@ -10,11 +10,13 @@ import dataclasses
 
 import numpy as np
 
+from qtrain.data.boxes import BoxSource
 from qtrain.data.dataset import Dataset, ImageArrays, ImageSource, TokenSource
 from qtrain.data.graphs import GraphSplit
 from qtrain.errors import UsageError
 
 PREFIX = "sequential_"
+_NOT_IMAGES = TokenSource | GraphSplit | BoxSource
 
 CYLINDER_BELL_FUNNEL_SHAPE = (128, 1, 1)
 CYLINDER_BELL_FUNNEL_CLASSES = 3
@@ -55,8 +57,8 @@ def sequential(dataset: Dataset) -> Dataset:
     (64, 1, 1)
     """
     train = dataset.train
-    if dataset.kind != "image" or isinstance(train, TokenSource | GraphSplit):
-        raise UsageError(f"data.name is {dataset.name!r}, which is text and a sequence as it is; give an image set")
+    if dataset.kind != "image" or isinstance(train, _NOT_IMAGES):
+        raise UsageError(f"data.name is {dataset.name!r}, which has no images with one class each; give an image set")
     if dataset.augment:
         raise UsageError(
             f"data.augment is {dataset.augment}, but {PREFIX + dataset.name!r} has sequences of pixels, not images; "
@@ -66,7 +68,7 @@ def sequential(dataset: Dataset) -> Dataset:
     evaluation = {
         s: PixelSequences(source)
         for s, source in dataset.eval.items()
-        if not isinstance(source, TokenSource | GraphSplit)
+        if not isinstance(source, _NOT_IMAGES)
     }
     return dataclasses.replace(
         dataset,

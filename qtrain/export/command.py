@@ -109,6 +109,10 @@ def _prepared(workdir: Any, out: Any, program: Any, bits: int | None, platforms:
     experiment = experiment_of(workdir, "export")
     if experiment.dataset.kind == "graph":
         raise UsageError(f"export: data.name={experiment.config.data.name!r} is a graph; export takes models of arrays")
+    if not experiment.task.classifies:
+        raise UsageError(
+            f"export: model.name={experiment.config.model.name!r} finds boxes; export takes models that put out logits"
+        )
     inputs = experiment.inputs()
     variables = restored(workdir, experiment).variables
     precision = experiment.precision_at(experiment.total_steps - 1)

@@ -4,8 +4,9 @@ Every one is called as ``model.apply(variables, x, train=False)``, computes in i
 float32.
 """
 
-from qtrain.models.build import GRAPH_MODELS, MODELS, build
+from qtrain.models.build import BOX_MODELS, GRAPH_MODELS, MODELS, build
 from qtrain.models.cnn import CNN
+from qtrain.models.detector import Detector
 from qtrain.models.gcn import GCN
 from qtrain.models.graph_sage import GraphSAGE
 from qtrain.models.imagenet_resnet import ImageNetResNet
@@ -19,6 +20,7 @@ from qtrain.models.transformer import TransformerLM
 from qtrain.models.vit import ViT
 
 __all__ = [
+    "BOX_MODELS",
     "CNN",
     "GCN",
     "GRAPH_MODELS",
@@ -27,6 +29,7 @@ __all__ = [
     "MODELS",
     "S5LM",
     "CifarResNet",
+    "Detector",
     "GraphSAGE",
     "ImageNetResNet",
     "LSTMClassifier",

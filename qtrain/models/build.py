@@ -10,8 +10,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from qtrain.errors import UsageError, did_you_mean
-from qtrain.models import mobilenet, s5, s5_ssm, transformer, vit
+from qtrain.models import detector, mobilenet, s5, s5_ssm, transformer, vit
 from qtrain.models.cnn import CNN
+from qtrain.models.detector import BACKBONES, Detector
 from qtrain.models.gcn import GCN, NORMS
 from qtrain.models.graph_sage import GraphSAGE
 from qtrain.models.imagenet_resnet import BLOCKS, ImageNetResNet
@@ -133,6 +134,20 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Value]]] = {
             "remat": SWITCH,
         },
     ),
+    "detector": (
+        Detector,
+        {
+            "backbone": choice(*BACKBONES),
+            "blocks": POSITIVE,
+            "width": FACTOR,
+            "levels": detector.LEVELS,
+            "features": POSITIVE,
+            "head_depth": NATURAL,
+            "anchor_scale": FACTOR,
+            "octaves": POSITIVE,
+            "ratios": detector.RATIOS,
+        },
+    ),
     "gcn": (GCN, _GRAPH),
     "graph_sage": (GraphSAGE, _GRAPH),
 }
@@ -140,6 +155,8 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Value]]] = {
 
 GRAPH_MODELS = ("gcn", "graph_sage")
 """Those of `MODELS` that take a graph."""
+BOX_MODELS = ("detector",)
+"""Those of `MODELS` that find boxes."""
 
 
 def build(config_model: Mapping[str, Any], *, num_classes: int, input_shape: Sequence[int]) -> nn.Module:
@@ -259,6 +276,25 @@ def _check_vit(model: Any, shape: tuple[int, ...]) -> None:
         )
 
 
+def _check_detector(model: Any, shape: tuple[int, ...]) -> None:
+    lowest, highest = model.levels[0], model.levels[-1]
+    stages = BACKBONES[model.backbone]
+    if lowest not in stages:
+        raise UsageError(
+            f"model.levels={list(model.levels)}: the stages of model.backbone={model.backbone!r} are of the levels "
+            f"{', '.join(map(str, stages))}; begin with one of them"
+        )
+    if min(shape[:2]) < 2**highest:
+        raise UsageError(
+            f"model.levels={list(model.levels)}: a step of level {highest} is {2**highest} pixels, and the images have "
+            f"{shape[0]}x{shape[1]}; end at {min(shape[:2]).bit_length() - 1} or before"
+        )
+    if model.blocks != 1 and model.backbone != "cifar":
+        raise UsageError(
+            f"model.blocks={model.blocks} is for model.backbone='cifar', not {model.backbone!r}; leave it at 1"
+        )
+
+
 def _s5(fields: dict[str, Any], num_classes: int, shape: tuple[int, ...]) -> nn.Module:
     model: Any
     if len(shape) == 1:
@@ -285,4 +321,5 @@ _CHECKS: dict[str, Callable[[Any, tuple[int, ...]], None]] = {
     "cnn": _check_cnn,
     "mobilenet": _check_mobilenet,
     "vit": _check_vit,
+    "detector": _check_detector,
 }

@@ -47,6 +47,42 @@ class BottleneckBlock(nn.Module):
         return nn.relu(Residual(name="residual")(x, y))
 
 
+def imagenet_features(
+    x: jax.Array,
+    depth: int,
+    width: float,
+    stem: Literal["7x7", "3x3"],
+    zero_init_residual: bool,
+    dtype: Any,
+    train: bool,
+) -> list[jax.Array]:
+    """What the four stages of `ImageNetResNet` put out, by its layers and their names.
+
+    To be called from a compact method, whose module owns the layers.
+    """
+    channels = [max(round(width * base), 1) for base in _BASE]
+    side, stride = (7, 2) if stem == "7x7" else (3, 1)
+    conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_normal, dtype=dtype, name="stem")
+    x = conv(channels[0], (side, side), strides=stride, padding=side // 2)(x)
+    norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name="stem_norm")
+    x = nn.relu(norm(x))
+    if stem == "7x7":
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    outputs = []
+    for stage, (features, blocks) in enumerate(zip(channels, BLOCKS[depth], strict=True)):
+        for index in range(blocks):
+            stride = 2 if stage > 0 and index == 0 else 1
+            name = f"stage{stage + 1}_block{index + 1}"
+            block: nn.Module
+            if depth == 50:
+                block = BottleneckBlock(features, stride, dtype, zero_init_residual, name=name)
+            else:
+                block = ResidualBlock(features, stride, "projection", dtype, zero_init_residual, name=name)
+            x = block(x, train=train)
+        outputs.append(x)
+    return outputs
+
+
 class ImageNetResNet(nn.Module):
     """The residual network of depth 18, 34 or 50 for large images (He et al. 2016, arXiv 1512.03385, table 1).
 
@@ -86,29 +122,6 @@ class ImageNetResNet(nn.Module):
             raise UsageError(f"depth={self.depth!r}: give one of {', '.join(map(str, BLOCKS))}")
         if self.stem not in ("7x7", "3x3"):
             raise UsageError(f"stem={self.stem!r}: give one of 7x7, 3x3")
-        channels = [max(round(self.width * base), 1) for base in _BASE]
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=he_normal, dtype=self.dtype, name="stem")
-        if self.stem == "7x7":
-            x = conv(channels[0], (7, 7), strides=2, padding=3)(x)
-        else:
-            x = conv(channels[0], (3, 3), padding=1)(x)
-        norm = nn.BatchNorm(
-            use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="stem_norm"
-        )
-        x = nn.relu(norm(x))
-        if self.stem == "7x7":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for stage, (features, blocks) in enumerate(zip(channels, BLOCKS[self.depth], strict=True)):
-            for index in range(blocks):
-                stride = 2 if stage > 0 and index == 0 else 1
-                name = f"stage{stage + 1}_block{index + 1}"
-                block: nn.Module
-                if self.depth == 50:
-                    block = BottleneckBlock(features, stride, self.dtype, self.zero_init_residual, name=name)
-                else:
-                    block = ResidualBlock(
-                        features, stride, "projection", self.dtype, self.zero_init_residual, name=name
-                    )
-                x = block(x, train=train)
+        *_, x = imagenet_features(x, self.depth, self.width, self.stem, self.zero_init_residual, self.dtype, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -51,6 +52,40 @@ class ResidualBlock(nn.Module):
         return nn.relu(Residual(name="residual")(x, y))
 
 
+def cifar_features(
+    x: jax.Array,
+    channels: Sequence[int],
+    blocks: int,
+    shortcut: Literal["pad", "projection"],
+    dtype: Any,
+    train: bool,
+    stem_stride: int = 1,
+) -> list[jax.Array]:
+    """What the ``stem`` and each stage (``stage1_block1``, …) of `CifarResNet` put out; later stages halve the image.
+
+    To be called from a compact method, whose module owns the layers.
+    """
+    stem = nn.Conv(
+        channels[0],
+        (3, 3),
+        strides=stem_stride,
+        padding=1,
+        use_bias=False,
+        kernel_init=he_normal,
+        dtype=dtype,
+        name="stem",
+    )
+    norm = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name="stem_norm")
+    x = nn.relu(norm(stem(x)))
+    features = []
+    for stage, width in enumerate(channels):
+        for block in range(blocks):
+            stride = 2 if stage > 0 and block == 0 else 1
+            x = ResidualBlock(width, stride, shortcut, dtype, name=f"stage{stage + 1}_block{block + 1}")(x, train=train)
+        features.append(x)
+    return features
+
+
 class CifarResNet(nn.Module):
     """The residual network of depth 6n + 2 for small images (He et al. 2016, arXiv 1512.03385, section 4.2).
 
@@ -85,17 +120,6 @@ class CifarResNet(nn.Module):
                 f"depth={self.depth} is not 6n + 2; nearest: {6 * max(round((self.depth - 2) / 6), 1) + 2}"
             )
         channels = [max(round(self.width * base), 1) for base in (16, 32, 64)]
-        x = nn.Conv(
-            channels[0], (3, 3), padding=1, use_bias=False, kernel_init=he_normal, dtype=self.dtype, name="stem"
-        )(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, name="stem_norm")(
-            x
-        )
-        x = nn.relu(x)
-        for stage, features in enumerate(channels):
-            for block in range(blocks):
-                stride = 2 if stage > 0 and block == 0 else 1
-                name = f"stage{stage + 1}_block{block + 1}"
-                x = ResidualBlock(features, stride, self.shortcut, self.dtype, name=name)(x, train=train)
+        *_, x = cifar_features(x, channels, blocks, self.shortcut, self.dtype, train)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="logits")(x).astype(jnp.float32)

@@ -74,6 +74,11 @@ def search_run(
     experiment = experiment_of(workdir, "search")
     if experiment.fixed is not None:
         raise UsageError("search: quant.backend='aqt' has its bits frozen in its program; search a run of 'qtrain'")
+    if not experiment.task.classifies:
+        raise UsageError(
+            f"search: model.name={experiment.config.model.name!r} finds boxes; assignments are compared by their "
+            "accuracy, so search a run of a classifier or a language model"
+        )
     searched = searched_layers(experiment.plan, experiment.weights)
     widths = check_widths(_candidates(experiment, widths), searched)
     _check_promise(experiment, widths)
@@ -98,6 +103,7 @@ def search_run(
         _batches(experiment, batches, mesh),
         jax.random.key(experiment.config.seed),
         draws,
+        task=experiment.task,
     )
     errors = squared_errors(searched, variables["params"], variables["quant"], widths)
     curvature = curvatures(searched, traces.mean)
