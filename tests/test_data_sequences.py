@@ -44,7 +44,7 @@ def test_a_fingerprint_tells_sequences_from_images():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "synthetic_text", "num_train": 8, "num_test": 8, "batch_size": 2}, "which is text"),
+        ({"name": "synthetic_text", "num_train": 8, "num_test": 8, "batch_size": 2}, "which has no images"),
         ({"name": "digits", "augment": ("flip",)}, r"data\.augment is \('flip',\).*leave it at \(\)"),
     ],
 )
