@@ -26,8 +26,8 @@ def float_macs(model, *args, **kwargs):
     return count(lambda v, *a: model.apply(v, *a, **kwargs), variables, *args).forward
 
 
-class Unreached(nn.Module):
-    """One Dense among everything that the injection does not reach, yet."""
+class Everything(nn.Module):
+    """Layers that only some rules cover, and what is no layer."""
 
     @nn.compact
     def __call__(self, tokens):
@@ -44,36 +44,88 @@ class Unreached(nn.Module):
         return embed.attend(x)
 
 
-def test_what_is_not_reached_stands_in_the_plan_with_its_share():
+QKVO = {f"attention/{name}": (2 * 5 * 36, True, "") for name in ("query", "key", "value", "out")}
+LAYERS = {
+    **QKVO,
+    "dense": (2 * 5 * 36, True, ""),
+    "transposed": (2 * 5 * 3 * 36, True, ""),
+    "einsum": (2 * 5 * 24, True, ""),
+    "embed/attend": (2 * 5 * 66, True, ""),
+    "own": (2 * 5 * 24, False, "sets a dot_general of its own"),
+    "own_cls": (2 * 5 * 36, False, "sets a dot_general of its own"),
+}
+ATTENTION = 2 * 2 * 5 * 5 * 6
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (
+            Rule(),
+            {
+                **LAYERS,
+                "embed": (0, False, "no rule with ops='embed'"),
+                "attention": (ATTENTION, False, "no rule with ops='attention'"),
+            },
+        ),
+        (
+            Rule(ops="all"),
+            {
+                **LAYERS,
+                "embed": (0, True, ""),
+                "attention/qk": (ATTENTION // 2, True, ""),
+                "attention/pv": (ATTENTION // 2, True, ""),
+            },
+        ),
+        (
+            Rule(ops=("dot", "attention"), path="(?!.*qk).*"),
+            {
+                **LAYERS,
+                "transposed": (2 * 5 * 3 * 36, False, "no rule"),
+                "einsum": (2 * 5 * 24, False, "no rule"),
+                "embed/attend": (2 * 5 * 66, False, "no rule"),
+                "embed": (0, False, "no rule with ops='embed'"),
+                "attention/qk": (ATTENTION // 2, True, ""),  # by the path of the attention that it is a part of
+                "attention/pv": (ATTENTION // 2, True, ""),
+            },
+        ),
+        (
+            Rule("attention/qk", ops="attention"),
+            {
+                **{path: (macs, False, note or "no rule") for path, (macs, _, note) in LAYERS.items()},
+                "embed": (0, False, "no rule with ops='embed'"),
+                "attention/qk": (ATTENTION // 2, True, ""),
+                "attention": (ATTENTION // 2, False, "no rule with ops='attention'"),
+            },
+        ),
+    ],
+)
+def test_every_multiplication_stands_in_the_plan_with_its_share(rule, expected):
     tokens = jnp.arange(10).reshape(2, 5)
-    model = Unreached()
-    plan = quantize(model, Rule()).plan(tokens)
-    rows = {row.path: (row.macs, row.quantized, row.note) for row in plan if row.path}
-    assert rows == {
-        **{f"attention/{name}": (2 * 5 * 36, True, "") for name in ("query", "key", "value", "out")},
-        "attention": (2 * 2 * 5 * 5 * 6, False, "not reached by the injection: two activations"),
-        "dense": (2 * 5 * 36, True, ""),
-        "transposed": (2 * 5 * 3 * 36, False, "ConvTranspose is not reached by the injection"),
-        "einsum": (2 * 5 * 24, False, "Einsum is not reached by the injection"),
-        "own": (2 * 5 * 24, False, "sets a dot_general of its own"),
-        "own_cls": (2 * 5 * 36, False, "sets a dot_general of its own"),
-        "embed": (2 * 5 * 66, False, "Embed is not reached by the injection"),
-    }
+    model = Everything()
+    plan = quantize(model, rule).plan(tokens)
+    assert {row.path: (row.macs, row.quantized, row.note) for row in plan if row.path} == expected
     (raw,) = [row for row in plan if row.path == ""]
     assert raw.macs == 2 * 5 * 16 + 2 * (2 * 5 * 5 * 4) and not raw.quantized
     assert raw.note.startswith("not reached by the injection")
     assert plan.macs == float_macs(model, tokens) == sum(row.macs for row in plan)
-    assert plan.coverage == pytest.approx(5 * 360 / plan.macs)
+    assert plan.coverage == pytest.approx(sum(row.macs for row in plan if row.quantized) / plan.macs)
     text = str(plan)
     for row in plan:
         assert f"{100 * row.macs / plan.macs:.1f} %" in text
     assert f"{100 * plan.coverage:.1f} % of {plan.macs:,} forward MACs have both operands quantized" in text
 
 
-@pytest.mark.parametrize("path", ["embed", "transposed", "einsum", "own", "attention"])
-def test_a_rule_only_for_what_is_not_reached_is_refused(path):
-    with pytest.raises(UsageError, match=f"path='{path}'.*matches only what cannot be quantized"):
-        quantize(Unreached(), [Rule(path), Rule()]).plan(jnp.arange(10).reshape(2, 5))
+@pytest.mark.parametrize(
+    ("path", "advice"), [("embed", ""), ("own", ""), ("attention", r"; ops=\('attention',\) would"), ("raw", "")]
+)
+def test_a_rule_only_for_what_is_not_covered_is_refused(path, advice):
+    rule = Rule(path, ops=("dot", "conv"))
+    message = f"path='{path}'.*matches " + (
+        "no module" if path == "raw" else f"only what cannot be quantized.*{advice}"
+    )
+    with pytest.raises(UsageError, match=message):
+        quantize(Everything(), [rule, Rule()]).plan(jnp.arange(10).reshape(2, 5))
 
 
 class OwnCall(nn.Dense):
@@ -95,8 +147,10 @@ def test_recurrent_cells_that_are_fused():
     model = nn.Sequential([nn.RNN(nn.OptimizedLSTMCell(5)), nn.Dense(3)])
     x = normal(2, 7, 6)
     plan = quantize(model, Rule()).plan(x)
-    assert [(row.path, row.quantized) for row in plan] == [("layers_1", True), ("layers_0/cell", False)]
-    assert plan["layers_0/cell"].note == "OptimizedLSTMCell is not reached by the injection"
+    sizes = {"i": 6, "h": 5}
+    gates = {f"layers_0/cell/{side}{gate}": 2 * 7 * 5 * size for side, size in sizes.items() for gate in "ifgo"}
+    assert {row.path: row.macs for row in plan} == {**gates, "layers_1": 2 * 7 * 15}
+    assert plan.coverage == 1
     assert plan.macs == float_macs(model, x) == 2 * 7 * (4 * 5 * 11 + 15)
 
 

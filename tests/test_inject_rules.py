@@ -305,7 +305,7 @@ class TestMistakes:
             ({"path": "("}, r"rule path='\(': not a regular expression"),
             ({"path": None}, "rule path=None: not a regular expression"),
             ({"ops": "dott"}, "ops='dott'; give one of .*Did you mean 'dot'"),
-            ({"ops": ("conv", "einsum")}, "ops='einsum'; give one of"),
+            ({"ops": ("conv", "pool")}, "ops='pool'; give one of"),
             ({"ops": 3}, "ops=3; give a tuple of"),
             ({"residuals": "quantised"}, "residuals='quantised'; give one of .*Did you mean 'quantized'"),
             ({"position": "frist"}, "position='frist'; give one of .*Did you mean 'first'"),

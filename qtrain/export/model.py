@@ -21,6 +21,7 @@ from qtrain.export.encode import EVALUATION_KEY, Stored
 from qtrain.export.switching import Bits, Request, Source, at, code_dtype
 from qtrain.inject import QuantizedModel, Rule
 from qtrain.inject import quantize as inject
+from qtrain.inject.rules import WEIGHTED
 from qtrain.precision import Precision
 from qtrain.quantizers import AffineScale, DoubleRounding
 
@@ -213,7 +214,8 @@ def _acts(bits: Bits, path: str) -> Precision:
 
 def _act_rule(path: str, entry: Mapping[str, Any]) -> Rule:
     quantizer = quantizer_json.from_json(entry["quantizer"])
-    return Rule(path=re.escape(path), acts=entry["bits"], weight_quantizer=None, act_quantizer=quantizer)
+    ops = (entry["op"],) if "op" in entry else WEIGHTED
+    return Rule(path=re.escape(path), acts=entry["bits"], weight_quantizer=None, act_quantizer=quantizer, ops=ops)
 
 
 def _bits_from_json(value: Mapping[str, Any]) -> Bits:

@@ -22,6 +22,7 @@ from qtrain.export.separate import bytes_alone, remark, trained_widths
 from qtrain.export.switching import Bits
 from qtrain.inject import QuantizedModel, Rule, Weight
 from qtrain.inject.learned import LEARNED
+from qtrain.inject.rules import expanded
 from qtrain.inject.trace import STATISTICS, effective_bits
 from qtrain.inject.weights import weights as quantized_weights
 from qtrain.precision import Precision
@@ -129,7 +130,7 @@ def contents(
     shape = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
     # The rules as resolved for a whole pass: what a quantizer sees is in the dtype that its layer computes in.
     resolved, params = qmodel.initial(None, (shape,), call)
-    quantized = quantized_weights(resolved, qmodel.rules, params)
+    quantized = quantized_weights(resolved, expanded(qmodel.rules), params)
     kept = below_float(quantized, bits)
     if not kept:
         raise UsageError(
@@ -169,14 +170,14 @@ def contents(
         variables, widths, norms = switching.select(variables, norms, widths, bits), (), {}
     others, widened = _others(variables, kept)
     tensors |= others
-    rules = {path: qmodel.rules[index] for path, index in resolved.assigned.items()}
+    rules = {path: expanded(qmodel.rules)[index] for path, index in resolved.assigned.items()}
     content = {
         "bits": _bits_to_json(bits),
         "inputs": {"shape": inputs.shape, "dtype": str(inputs.dtype)},
         "call": call,
         "weights": entries,
         "layers": {weight.path: weight.rule.weights for weight in quantized},
-        "acts": {path: entry for path, rule in rules.items() if (entry := _act_entry(rule)) is not None},
+        "acts": {path: entry for path, rule in rules.items() if (entry := _act_entry(rule, resolved.records[path].op))},
         "per_width": {"widths": widths, "rows": norms},
         "widened": widened,
     }
@@ -232,11 +233,11 @@ def _set(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if value is not None and value != {}}
 
 
-def _act_entry(rule: Rule) -> dict[str, Any] | None:
+def _act_entry(rule: Rule, op: str) -> dict[str, Any] | None:
     if rule.act_quantizer is None:
         return None
     fixed = effective_bits(rule, Precision()).acts
-    return {"bits": fixed, "quantizer": quantizer_json.to_json(rule.act_quantizer)}
+    return {"bits": fixed, "quantizer": quantizer_json.to_json(rule.act_quantizer), "op": op}
 
 
 def _bits_to_json(bits: Bits) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Learned:
       shared: (path, name) → parameters of a layer whose scope does not reach the collection. In a pass that creates,
         what they are for a standard normal tensor: values cannot leave a transformation but by a callback.
       seen: the same from the tensors themselves, an entry for each iteration; filled while the pass runs.
+      outside: (path, name) → parameters of what is quantized outside any module's call, made by a pass that creates.
       shapes: (path, name) → what a pass that creates has made, as the layer sees it.
     """
 
@@ -43,6 +44,7 @@ class Learned:
     observe: bool = False
     shared: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
     seen: dict[tuple[str, str], list[Any]] = dataclasses.field(default_factory=dict)
+    outside: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
     shapes: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
 
     def parameters(
@@ -104,9 +106,13 @@ class Learned:
     def merged(self, own: Mapping[str, Any]) -> dict[str, Any]:
         """`own`, as the pass wrote it, with the parameters of the layers it could not write."""
         merged: dict[str, Any] = jax.tree.map(lambda x: x, dict(own))
-        for (path, name), default in self.shared.items():
-            seen = self.seen.get((path, name))
-            values = default if not seen else jax.tree.map(lambda *each: jnp.mean(jnp.stack(each), 0), *seen)
+        averages = {
+            key: jax.tree.map(lambda *each: jnp.mean(jnp.stack(each), 0), *seen)
+            if (seen := self.seen.get(key))
+            else own
+            for key, own in self.shared.items()
+        }
+        for (path, name), values in {**averages, **self.outside}.items():
             place = merged
             for key in path.split("/") if path else ():
                 place = place.setdefault(key, {})

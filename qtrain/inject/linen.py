@@ -15,6 +15,7 @@ from flax.core import DenyList
 
 from qtrain.cost.count import count
 from qtrain.errors import UsageError, did_you_mean
+from qtrain.inject import parameters
 from qtrain.inject import per_width as per_widths
 from qtrain.inject.checks import Bits, check_bits, check_paths, limits
 from qtrain.inject.execution import Choice, choose
@@ -24,7 +25,7 @@ from qtrain.inject.plan import Plan
 from qtrain.inject.resolve import Memory, Resolved, abstract, is_array, kernels, resolve, signature, split_static
 from qtrain.inject.rows import rows
 from qtrain.inject.rows_in_use import RowInUse, has_tables, rows_in_use, tables
-from qtrain.inject.rules import Rule, default_rules
+from qtrain.inject.rules import Rule, default_rules, expanded
 from qtrain.inject.trace import Contract, Record, Trace
 from qtrain.inject.weights import Weight, weights
 from qtrain.precision import Precision
@@ -53,8 +54,8 @@ def quantize(
 
     Args:
       model: any linen module; an nnx one goes to `qtrain.inject.nnx.quantize`, which see.
-      rules: a rule or an ordered sequence of them; None means `default_rules()`: every Dense, DenseGeneral and Conv
-        follows the schedule, the first and the last of them stay at 8 bits.
+      rules: a rule or an ordered sequence of them; None means `default_rules()`: every product of weights and
+        activations follows the schedule, the first and the last of them stay at 8 bits.
       execute: what carries out a quantized contraction; the default computes in float on quantized values, or on
         codes where `Rule.execution` asks for it.
       widest: the most bits that traced ones will ever take, for each kind or for all: a promise that nothing can check,
@@ -121,6 +122,11 @@ class QuantizedModel:
     per_width: tuple[int, ...] = ()
     _memory: Memory = dataclasses.field(default_factory=Memory, init=False, repr=False)
 
+    @property
+    def expanded(self) -> tuple[Rule, ...]:
+        """The rules as they apply to each kind of operation; see `qtrain.inject.rules.expanded`."""
+        return expanded(self.rules)
+
     def init(self, rngs: Any, *args: Any, bits: Bits | None = None, **kwargs: Any) -> dict[str, Any]:
         """The variables of ``module.init``, and the quantizers' own.
 
@@ -146,9 +152,10 @@ class QuantizedModel:
         resolved = self._resolve(None, rngs, args, kwargs)
         learned = Learned(create=True)
         options: dict[str, Any] = {"create_statistics": True, "initial_bits": bits, "learned": learned}
-        trace = Trace(self.rules, resolved.assigned, contract=self.execute, **options)
+        trace = Trace(self.expanded, resolved.assigned, contract=self.execute, inside=resolved.inside, **options)
         with nn.intercept_methods(trace.intercept):
             variables = dict(self.module.init(_retraced(rngs), *args, **kwargs))
+        parameters.create(trace, resolved, variables.get("params", {}))
         return {**variables, LEARNED: learned.merged(variables.get(LEARNED, {}))}, learned
 
     def _find_tables(self, quant: Any, learned: Learned, rngs: Any, args: Any, kwargs: Any) -> None:
@@ -168,7 +175,7 @@ class QuantizedModel:
 
         assigned = self._resolve(None, rngs, args, kwargs).assigned
         known = self._memory.tables or {}
-        self._memory.tables = tables(quant, learned.shapes, self.rules, assigned, shapes, known)
+        self._memory.tables = tables(quant, learned.shapes, self.expanded, assigned, shapes, known)
 
     def calibrate(
         self, variables: Mapping[str, Any], *args: Any, bits: Bits, rngs: Any = None, **kwargs: Any
@@ -199,9 +206,9 @@ class QuantizedModel:
             _, state = self._apply(
                 inner, inner_args, inner_kwargs, inner_bits, inner_rngs, _STATE, None, self._paths, **options
             )
-            return state.get(LEARNED, {})
+            return state.get(LEARNED, {}), learned.outside
 
-        own = jax.jit(forward)(leaves)
+        own, learned.outside = jax.jit(forward)(leaves)
         jax.effects_barrier()
         if len(learned.seen.keys() ^ learned.shared.keys()) or any(not seen for seen in learned.seen.values()):
             raise UsageError("calibrate: call it outside jit; the model has layers inside a scan or vmap")
@@ -280,7 +287,7 @@ class QuantizedModel:
         held = self.held(variables, *args, rngs=rngs, **_with_method(kwargs, method))
         shapes = per_widths.without_rows(variables, held, self.per_width) if held.leaves else variables
         resolved = self._resolve(shapes, rngs, args, kwargs, mutable, method)
-        check_paths(bits, resolved, self.rules)
+        check_paths(bits, resolved, self.expanded)
         per_widths.check_known(variables, held, bits)
         rows = per_widths.indices(held, bits, self.per_width, resolved.modules)
         bare = per_widths.selected(variables, rows) if rows else variables
@@ -304,10 +311,13 @@ class QuantizedModel:
         if learned is None:
             learned = Learned(variables.get(LEARNED, {}))
         options: dict[str, Any] = {"contract": self.execute, "choose": paths, "learned": learned}
-        trace = Trace(self.rules, resolved.assigned, bits, _seed(rngs), **options)
+        trace = Trace(self.expanded, resolved.assigned, bits, _seed(rngs), inside=resolved.inside, **options)
+        variables = parameters.quantized(trace, resolved, variables)
         with nn.intercept_methods(trace.intercept):
             out = self.module.apply(variables, *args, rngs=_retraced(rngs), mutable=mutable, method=method, **kwargs)
-        astray = sorted(trace.records.keys() ^ resolved.records.keys())
+        # What no rule is for may be passed over; parameters are quantized before the call.
+        planned = {path for path in resolved.assigned if resolved.records[path].op != "param"}
+        astray = sorted((planned - trace.records.keys()) | (trace.records.keys() - resolved.records.keys()))
         if astray:
             raise UsageError(
                 f"layers {astray[:6]} are planned but were not reached in this trace, or the reverse: a transformation "
@@ -381,7 +391,13 @@ class QuantizedModel:
     def _choose(self, rule: Rule, record: Record, bits: Precision | None = None) -> Choice:
         recorded = self.choices.get(record.path)
         backend = jax.default_backend()
-        return choose(rule, record, self.widest, backend, narrowest=self.narrowest, bits=bits, recorded=recorded)
+        widest, narrowest = self.widest, self.narrowest
+        if record.op == "attention":
+            # Both operands are activations: the right one has their quantizer and bits.
+            rule = dataclasses.replace(rule, weight_quantizer=rule.act_quantizer, weights=rule.acts)
+            widest, narrowest = (dataclasses.replace(ends, weights=ends.acts) for ends in (widest, narrowest))
+            bits = None if bits is None else dataclasses.replace(bits, weights=bits.acts)
+        return choose(rule, record, widest, backend, narrowest=narrowest, bits=bits, recorded=recorded)
 
     def plan(self, *args: Any, rngs: Any = None, **kwargs: Any) -> Plan:
         """What is quantized, how, and its share of the multiplications, for arguments of these shapes.
@@ -430,15 +446,16 @@ class QuantizedModel:
         resolved = self._resolve(variables, rngs, abstract_args, abstract_kwargs, _STATE, method)
         choices = self._choices(resolved)
         ops = count(forward, variables, *abstract_args, **abstract_kwargs)
-        unused = [rule.path for index, rule in enumerate(self.rules) if index not in resolved.assigned.values()]
+        used = {index % len(self.rules) for index in resolved.assigned.values()}
+        unused = [rule.path for index, rule in enumerate(self.rules) if index not in used]
         norms = self._memory.held.modules
-        plan = Plan(rows(resolved, self.rules, ops, shared), ops, tuple(unused), {}, self.per_width, norms)
+        plan = Plan(rows(resolved, self.expanded, ops, shared), ops, tuple(unused), {}, self.per_width, norms)
         return plan.with_choices(choices)
 
     def weights(self, *args: Any, rngs: Any = None, **kwargs: Any) -> tuple[Weight, ...]:
         """The parameters that are quantized, an entry each, in order of execution; arguments as for `plan`."""
         resolved, params = self.initial(rngs, args, kwargs)
-        return weights(resolved, self.rules, params)
+        return weights(resolved, self.expanded, params)
 
     def quantizers(self, *args: Any, rngs: Any = None, **kwargs: Any) -> dict[tuple[str, str], Quantizer]:
         """(layer path, "weights" | "acts" | "bias" | "grads") → quantizer; arguments as for `plan`."""
@@ -450,7 +467,7 @@ class QuantizedModel:
         }
         assigned = self.initial(rngs, args, kwargs)[0].assigned
         found = {
-            (path, kind): getattr(self.rules[index], field)
+            (path, kind): getattr(self.expanded[index], field)
             for path, index in assigned.items()
             for kind, field in fields.items()
         }
@@ -474,8 +491,9 @@ class QuantizedModel:
             if path not in resolved.assigned and path not in resolved.skipped:
                 near = did_you_mean(path, resolved.assigned)
                 raise UsageError(f"execution[{path!r}]: no layer of that path is quantized.{near}")
-        rules = {path: self.rules[index] for path, index in resolved.assigned.items()}
-        asked = {path: rule for path, rule in rules.items() if rule.execution != "fake"}
+        rules = {path: self.expanded[index] for path, index in resolved.assigned.items()}
+        products = {path: rule for path, rule in rules.items() if resolved.records[path].contraction is not None}
+        asked = {path: rule for path, rule in products.items() if rule.execution != "fake"}
         return {path: self._choose(rule, resolved.records[path]) for path, rule in asked.items()}
 
     def _resolve(
@@ -487,7 +505,7 @@ class QuantizedModel:
         if known is not None:
             return known
         dynamic, rebuild = split_static((variables, rngs, args, kwargs))
-        trace = Trace()
+        trace = Trace(self.rules)
 
         def record(dynamic: list[Any]) -> Any:
             inner_variables, inner_rngs, inner_args, inner_kwargs = rebuild(dynamic)
@@ -503,7 +521,7 @@ class QuantizedModel:
         owners = kernels((created if variables is None else variables).get("params", {}))
         resolved = resolve(self.rules, trace, owners, self._memory, initialising=variables is None)
         if self.per_width and variables is None:
-            found = per_widths.find(trace, created, self.rules, resolved.assigned)
+            found = per_widths.find(trace, created, self.expanded, resolved.assigned)
             self._memory.held = self._memory.held.merged(found)
         self._memory.put(key, resolved)
         return resolved

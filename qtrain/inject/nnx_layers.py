@@ -12,8 +12,9 @@ from flax import nnx
 from jax import lax
 
 from qtrain.errors import UsageError
+from qtrain.inject.injected import Injected
 from qtrain.inject.nnx_variables import Kept, Place
-from qtrain.inject.trace import Trace, _Injected
+from qtrain.inject.trace import Trace
 
 Array = jax.Array
 
@@ -81,7 +82,7 @@ def survey(model: nnx.Module) -> Survey:
         op, field, default = spec
         own = getattr(module, field)
         # Inside an outer model's pass the layers of an inner one have the outer's function, which then gives way.
-        if (own is not default and not isinstance(own, _InjectedNNX)) or getattr(
+        if (own is not default and not isinstance(own, InjectedNNX)) or getattr(
             module, f"{field}_cls", None
         ) is not None:
             notes[path] = f"sets a {field} of its own"
@@ -90,7 +91,7 @@ def survey(model: nnx.Module) -> Survey:
     return Survey(tuple(layers), modules, notes, attentions)
 
 
-class _InjectedNNX(_Injected):
+class InjectedNNX(Injected):
     """The function an nnx layer calls in place of ``lax.dot_general`` or ``lax.conv_general_dilated``.
 
     It compares by identity, so that a transformation inside the model, which caches by the fields of the modules it is
@@ -98,6 +99,7 @@ class _InjectedNNX(_Injected):
     """
 
     def __call__(self, lhs: Array, rhs: Array, *args: Any, **kwargs: Any) -> Array:
+        """In place of the layer's own contraction."""
         if self.op == "conv" and kwargs.pop("out_sharding", None) is not None:
             raise UsageError(f"layer {self.path!r}: a quantized convolution takes no out_sharding; leave it None")
         return super().__call__(lhs, rhs, *args, **kwargs)
@@ -125,7 +127,7 @@ def injected(model: nnx.Module, found: Survey, trace: Trace, kept: Kept) -> Iter
             replace(attention, "attention_fn", _scoped(path, attention.attention_fn))  # type: ignore[attr-defined]
         for layer in found.layers:
             place: Any = Place(layer.path, kept)
-            function = _InjectedNNX(trace, place, layer.path, type(layer.module).__name__, layer.op)
+            function = InjectedNNX(trace, place, layer.path, type(layer.module).__name__, layer.op)
             replace(layer.module, layer.field, function)
             rule = function.rule
             if trace.active and rule is not None and rule.bias_quantizer is not None:

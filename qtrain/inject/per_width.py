@@ -102,7 +102,7 @@ def find(trace: Trace, shapes: Mapping[str, Any], rules: Sequence[Rule], assigne
     following = {
         path
         for path, index in assigned.items()
-        if rules[index].weight_quantizer is not None and rules[index].weights is None
+        if rules[index].weight_quantizer is not None and rules[index].weights is None and path in trace.records
     }
 
     def followed(module: str) -> str | None:

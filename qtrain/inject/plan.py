@@ -21,7 +21,7 @@ class Row:
     Attributes:
       path: module path.
       module: type of the module, or "" for an operation found in the traced program alone.
-      op: "dot", "conv" or "" for a layer without multiplications that is not quantized (an embedding's lookup).
+      op: one of `qtrain.inject.rules.OPS`; "" for a layer without multiplications that is not quantized.
       bits: fixed bits, "schedule" or None (float) of weights, acts and grads.
       weights, acts, grads, bias: the quantizers in words, "float" where there is none.
       residuals: what the backward pass sees.
@@ -92,7 +92,11 @@ class Plan:
     @property
     def coverage(self) -> float:
         """Share of the forward multiply-accumulates whose operands are both quantized."""
-        covered = sum(row.macs for row in self.rows if narrow(row.bits.weights) and narrow(row.bits.acts))
+        covered = sum(
+            row.macs
+            for row in self.rows
+            if narrow(row.bits.acts) and (narrow(row.bits.weights) or row.op == "attention")
+        )
         return covered / max(self.macs, 1)
 
     @property

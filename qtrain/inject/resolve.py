@@ -12,7 +12,7 @@ import numpy as np
 from qtrain.errors import UsageError
 from qtrain.inject.per_width import Held
 from qtrain.inject.rows_in_use import Table
-from qtrain.inject.rules import Rule, assign, check_rules
+from qtrain.inject.rules import Rule, assign, check_rules, expanded
 from qtrain.inject.trace import Record, Trace, check_statistics
 from qtrain.trees import leaf_name
 
@@ -35,6 +35,11 @@ class Resolved:
     modules: Mapping[str, str]
     skipped: frozenset[str] = frozenset()
 
+    @property
+    def inside(self) -> frozenset[str]:
+        """Paths of the modules that have something quantized inside them which is not their whole contraction."""
+        return frozenset(self.records[path].owner for path in self.assigned)
+
 
 class Memory:
     """What was resolved, by the shapes it was resolved for; the order of the layers in a whole pass; what is per width.
@@ -45,7 +50,7 @@ class Memory:
     def __init__(self, size: int = 128) -> None:
         self._size = size
         self._entries: dict[Hashable, Resolved] = {}
-        self.order: tuple[str, ...] = ()
+        self.order: Mapping[str, str] = {}
         self.covered: frozenset[str] = frozenset()
         self.held = Held()
         self.tables: dict[tuple[str, ...], Table] | None = None
@@ -69,10 +74,10 @@ class Memory:
         except TypeError:
             return
 
-    def see(self, order: Sequence[str], covered: frozenset[str]) -> None:
+    def see(self, order: Mapping[str, str], covered: frozenset[str]) -> None:
         """Remember a pass that reaches every layer there is; the widest is kept."""
         if len(covered) > len(self.covered):
-            self.order, self.covered = tuple(order), covered
+            self.order, self.covered = dict(order), covered
 
 
 def resolve(
@@ -93,15 +98,16 @@ def resolve(
     Raises:
       UsageError: for a rule that does nothing, and for a position that this call cannot tell.
     """
-    quantizable = {path: record.op for path, record in trace.records.items()}
+    records = {**trace.records, **trace.raw_parameters(rules)}
+    quantizable = {path: record.op for path, record in records.items()}
     modules = frozenset(trace.modules)
     skipped = frozenset() if initialising else owners - modules
     if not quantizable and not skipped:
         raise UsageError(
-            f"{trace.modules.get('', 'the model')} has no layer that can be quantized (Dense, DenseGeneral, Conv); "
+            f"{trace.modules.get('', 'the model')} has no layer that can be quantized (Dense, Conv, Einsum, ...); "
             f"its modules: {', '.join(repr(path) for path in list(trace.modules)[:6])}"
         )
-    order = tuple(quantizable)
+    order: Mapping[str, str] = quantizable
     if not skipped:
         memory.see(order, owners | modules)
     elif any(rule.position != "any" for rule in rules):
@@ -112,10 +118,10 @@ def resolve(
             )
         order = memory.order
     check_rules(rules, trace.modules, quantizable, order, skipped)
-    assigned = assign(rules, quantizable, order)
+    assigned, every = assign(rules, quantizable, order), expanded(rules)
     for path, index in assigned.items():
-        check_statistics(rules[index], trace.records[path])
-    return Resolved(trace.records, assigned, trace.notes, trace.modules, skipped)
+        check_statistics(every[index], records[path])
+    return Resolved(records, assigned, trace.notes, trace.modules, skipped)
 
 
 def kernels(params: Any) -> frozenset[str]:

@@ -8,9 +8,9 @@ from collections.abc import Collection, Sequence
 from qtrain.cost import marker
 from qtrain.cost.ops import Ops
 from qtrain.inject.plan import Row, narrow
+from qtrain.inject.record import Record, op_bits
 from qtrain.inject.resolve import Resolved
-from qtrain.inject.rules import Rule
-from qtrain.inject.trace import op_bits
+from qtrain.inject.rules import WEIGHTED, Rule
 from qtrain.quantizers import Quantizer, layout_of
 
 
@@ -26,19 +26,18 @@ def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops, shared: Collection
         macs[path] = sum(op.forward for op in group if op.marker is not None)
         if plain:
             unmarked[path] = plain
-    found = []
+    found: list[Row] = []
+    told: set[str] = set()
     for path, record in resolved.records.items():
         index = resolved.assigned.get(path)
         if index is None:
-            note = "no rule"
-            found.append(
-                Row(path, record.module, record.op, marker.OpBits(path), note=note, macs=_take(unmarked, path))
-            )
+            if row := _unruled(record, unmarked, told):
+                found.append(row)
             continue
         rule = rules[index]
         bits = op_bits(path, rule)
         scales = 0
-        if rule.weight_quantizer is not None and hasattr(rule.weight_quantizer, "per"):
+        if record.rhs is not None and rule.weight_quantizer is not None and hasattr(rule.weight_quantizer, "per"):
             scales = layout_of(rule.weight_quantizer, record.rhs.shape, record.contracted[1]).num_scales
             # A kernel that is stacked for a scan or vmap has the scales of every iteration.
             stacked = max((op.rhs.parameter_size for op in ops.by_path().get(path, ())), default=0)
@@ -67,6 +66,21 @@ def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops, shared: Collection
         module = resolved.modules.get(path, "")
         found.append(Row(path, module, group[0].kind, marker.OpBits(path), note=note, macs=group.forward))
     return tuple(found)
+
+
+def _unruled(record: Record, unmarked: dict[str, Ops], told: set[str]) -> Row | None:
+    """The row of an operation that no rule covers; one for all parts of a module that the count does not tell apart."""
+    path, note = record.path, "no rule" if record.op in WEIGHTED else f"no rule with ops={record.op!r}"
+    if record.op == "embed":
+        return Row(path, record.module, record.op, marker.OpBits(path), note=note)
+    if record.op == "attend":
+        return Row(path, record.module, record.op, marker.OpBits(path), note=note, macs=_take(unmarked, record.owner))
+    if path not in unmarked and path != record.owner:
+        path = record.owner
+        if path in told:
+            return None
+        told.add(path)
+    return Row(path, record.module, record.op, marker.OpBits(path), note=note, macs=_take(unmarked, path))
 
 
 def _take(unmarked: dict[str, Ops], path: str) -> int:

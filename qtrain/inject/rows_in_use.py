@@ -22,7 +22,7 @@ from qtrain.trees import leaf_name
 Array = jax.Array
 Bits = Precision | Mapping[str, Precision]
 
-_KINDS = {"weights": "weight_quantizer", "acts": "act_quantizer", "bias": "bias_quantizer"}
+_KINDS = {"weights": "weight_quantizer", "acts": "act_quantizer", "bias": "bias_quantizer", "acts_rhs": "act_quantizer"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Table:
     Attributes:
       axis: its axis of rows, behind those of a scan whose iterations have their own.
       layer: path of the layer.
-      kind: "weights", "acts" or "bias".
+      kind: "weights", "acts", "bias", or "acts_rhs" of a product of two activations.
       rule: the layer's.
     """
 
@@ -45,7 +45,7 @@ class Table:
         """The row in use at `bits`, int32; −1 where the tensor stays in float."""
         precision = bits.get(self.layer, Precision()) if isinstance(bits, Mapping) else bits or Precision()
         own = effective_bits(self.rule, precision)
-        width = own.acts if self.kind == "acts" else own.weights
+        width = own.acts if self.kind.startswith("acts") else own.weights
         if width is None:
             return jnp.int32(-1)
         widths: tuple[int, ...] = table_widths(getattr(self.rule, _KINDS[self.kind]))

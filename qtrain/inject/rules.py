@@ -12,7 +12,19 @@ from qtrain.inject.quantizer_config import quantizer_from_config
 from qtrain.quantizers import RESIDUALS, Nested, Quantizer, Uniform
 from qtrain.quantizers.base import static_bits
 
-OPS = ("dot", "conv")
+WEIGHTED = ("dot", "conv", "conv_transpose", "einsum", "recurrent", "attend")
+"""Products of activations and weights: what a rule covers unless it says otherwise."""
+OPS = (*WEIGHTED, "attention", "embed", "param", "output")
+PARTS = ("attend", "attention", "param", "output")
+"""Operations that are parts of a module: their path is the module's with a name of their own behind it."""
+
+# Operation → the fields of a rule that mean nothing for it.
+_VOID = {
+    "attention": ("weight_quantizer", "bias_quantizer"),
+    "output": ("weight_quantizer", "bias_quantizer"),
+    "embed": ("act_quantizer", "grad_quantizer", "bias_quantizer"),
+    "param": ("act_quantizer", "grad_quantizer", "bias_quantizer"),
+}
 POSITIONS = ("any", "first", "last", "ends")
 EXECUTIONS = ("fake", "native", "auto")
 
@@ -46,8 +58,15 @@ class Rule:
     """Quantizer of the cotangent of the layer's product, which feeds input and weight gradient alike."""
     bias_quantizer: Quantizer | None = None
     """Quantizer of the bias, at the bits of the weights."""
-    ops: tuple[str, ...] = OPS
-    """The operations it applies to: of "dot" (Dense, DenseGeneral) and "conv" (Conv)."""
+    ops: tuple[str, ...] = WEIGHTED
+    """The operations it applies to. By default the products of activations and weights: "dot" (Dense, DenseGeneral),
+    "conv", "conv_transpose", "einsum" (nn.Einsum), "recurrent" (the gates of a fused cell, each by itself, with the
+    paths they have in an unfused one), "attend" (an embedding as output layer, ``embed/attend``). Only where asked for:
+    "attention" (the products ``attention/qk`` and ``attention/pv``, both operands by `act_quantizer`), "embed" (the
+    table that is looked up, by `weight_quantizer`, a row being a channel), "param" (a parameter outside these layers,
+    ``module/name``, by `weight_quantizer`), "output" (what a module returns, ``module/output``, by `act_quantizer`, an
+    example being a channel, and its cotangent by `grad_quantizer`). "all": all but "param" and "output". A part,
+    ``module/part``, is matched by its module's path, too."""
     residuals: Literal["quantized", "original", "folded", "requantized"] = "quantized"
     """What the backward pass multiplies with: the "quantized" operands; the "original" ones; "folded": their codes,
     both scales being folded into the cotangent before it is quantized; or "requantized": an operand whose scale varies
@@ -84,8 +103,10 @@ class Rule:
                 "gradients it compares them with; give a Uniform, an LSQ, a LearnedWidth, or None"
             )
         if not isinstance(self.ops, str | Sequence):
-            raise UsageError(f"rule {self.path!r}: ops={self.ops!r}; give a tuple of {OPS}")
+            raise UsageError(f"rule {self.path!r}: ops={self.ops!r}; give a tuple of {OPS}, or 'all'")
         ops = (self.ops,) if isinstance(self.ops, str) else tuple(self.ops)
+        if ops == ("all",):
+            ops = tuple(op for op in OPS if op not in ("param", "output"))
         object.__setattr__(self, "ops", ops)
         for op in ops:
             _one_of(self.path, "ops", op, OPS)
@@ -96,6 +117,27 @@ class Rule:
     def matches(self, path: str) -> bool:
         """Whether `path` is fully matched."""
         return re.fullmatch(self.path, path) is not None
+
+    def covers(self, path: str, op: str) -> bool:
+        """Whether it applies to `op` at `path`, wherever that stands in the model."""
+        return op in self.ops and (self.matches(path) or (op in PARTS and self.matches(path.rpartition("/")[0])))
+
+
+def expanded(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """`rules`, then for each kind of operation that some quantizers mean nothing for, the same without these.
+
+    Of n rules, that of index i stands at ``offset(op) * n + i`` as it applies to `op`.
+    """
+    found = list(rules)
+    for fields in dict.fromkeys(_VOID.values()):
+        found += [dataclasses.replace(rule, **dict.fromkeys(fields)) for rule in rules]
+    return tuple(found)
+
+
+def offset(op: str) -> int:
+    """See `expanded`."""
+    kinds = list(dict.fromkeys(_VOID.values()))
+    return kinds.index(_VOID[op]) + 1 if op in _VOID else 0
 
 
 def default_rules(
@@ -175,47 +217,61 @@ def check_rules(
         where it wants them.
     """
     modules = list(modules)
-    where = _positions(list(quantizable) if order is None else order)
+    order = quantizable if order is None else order
+    everything = [*modules, *(path for path in quantizable if path not in set(modules))]
     for rule in rules:
         if any(rule.matches(path) for path in skipped):
             continue
-        matched = [path for path in modules if rule.matches(path)]
+        matched = [path for path in everything if rule.matches(path)]
         listed = ", ".join(repr(path) for path in list(quantizable)[:6])
         if not matched:
-            near = did_you_mean(rule.path, modules)
+            near = did_you_mean(rule.path, everything)
             raise UsageError(f"rule path={rule.path!r} matches no module; quantizable are {listed}{near}")
-        fitting = [path for path in matched if quantizable.get(path) in rule.ops]
+        fitting = [path for path, op in quantizable.items() if rule.covers(path, op)]
         if not fitting:
             near = did_you_mean(matched[0], quantizable)
+            other = dict.fromkeys(
+                op for path, op in quantizable.items() if dataclasses.replace(rule, ops=(op,)).covers(path, op)
+            )
+            advice = f"; ops={tuple(other)} would" if other else ""
             raise UsageError(
                 f"rule path={rule.path!r} (ops={rule.ops}) matches only what cannot be quantized "
-                f"({', '.join(repr(path) for path in matched[:6])}); quantizable are {listed}{near}"
+                f"({', '.join(repr(path) for path in matched[:6])}); quantizable are {listed}{near}{advice}"
             )
-        if rule.position != "any" and where[rule.position] <= set(modules) and not where[rule.position] & set(fitting):
+        if rule.position == "any":
+            continue
+        where = _positions(rule, order, quantizable)
+        if where <= set(everything) and not where & set(fitting):
             raise UsageError(
                 f"rule path={rule.path!r} (ops={rule.ops}) has position={rule.position!r}, which is "
-                f"{' and '.join(repr(path) for path in sorted(where[rule.position]))} and not among what it matches"
+                f"{' and '.join(repr(path) for path in sorted(where))} and not among what it matches"
             )
 
 
 def assign(rules: Sequence[Rule], quantizable: Mapping[str, str], order: Sequence[str] | None = None) -> dict[str, int]:
-    """Path → index of its rule, for every quantizable path (in order of execution) that a rule covers.
+    """Path → index of its rule (see `expanded`), for every quantizable path, in order, that a rule covers.
 
     `order`: as for `check_rules`.
     """
-    where = _positions(list(quantizable) if order is None else order)
+    order = list(quantizable) if order is None else order
+    where = [None if rule.position == "any" else _positions(rule, order, quantizable) for rule in rules]
     assigned = {}
     for path, op in quantizable.items():
-        for index, rule in enumerate(rules):
-            if rule.matches(path) and op in rule.ops and (rule.position == "any" or path in where[rule.position]):
-                assigned[path] = index
+        for index, (rule, places) in enumerate(zip(rules, where, strict=True)):
+            if rule.covers(path, op) and (places is None or path in places):
+                assigned[path] = offset(op) * len(rules) + index
                 break
     return assigned
 
 
-def _positions(order: Sequence[str]) -> dict[str, set[str]]:
-    first, last = set(order[:1]), set(order[-1:])
-    return {"first": first, "last": last, "ends": first | last}
+def _positions(rule: Rule, order: Iterable[str], quantizable: Mapping[str, str]) -> set[str]:
+    """The first, last or both of the layers of a pass that have an operation of the rule's.
+
+    `order` may be a mapping to these; a path whose operation nothing tells counts.
+    """
+    ops = {**order, **quantizable} if isinstance(order, Mapping) else quantizable
+    fitting = [path for path in order if ops.get(path, rule.ops[0]) in rule.ops]
+    return {*(fitting[:1] if rule.position != "last" else ()), *(fitting[-1:] if rule.position != "first" else ())}
 
 
 def _fixed_bits(path: str, name: str, value: Any) -> int:

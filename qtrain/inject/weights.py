@@ -119,22 +119,25 @@ def weights(resolved: Resolved, rules: Sequence[Rule], params: Any) -> tuple[Wei
     found = []
     for path, index in resolved.assigned.items():
         rule, record = rules[index], resolved.records[path]
+        if not record.leaf or record.rhs is None or tuple(record.leaf.split("/")) in {weight.leaf for weight in found}:
+            continue  # a product of activations; or a table that is looked up and attended to, which is one parameter
+        keys = tuple(record.leaf.split("/"))
         module: Any = params
-        keys = tuple(path.split("/")) if path else ()
-        for key in keys:
+        for key in keys[:-1]:
             module = module.get(key, {}) if isinstance(module, Mapping) else {}
         # Some are boxed, with the names of their axes.
-        leaves = {name: getattr(leaf, "value", leaf) for name, leaf in module.items() if name in ("kernel", "bias")}
-        if "kernel" not in leaves:
+        leaves = {name: getattr(leaf, "value", leaf) for name, leaf in module.items() if name in (keys[-1], "bias")}
+        if keys[-1] not in leaves:
             continue
         # A bias is stacked as its kernel is: its own rank does not tell, where a DenseGeneral has several features.
-        stacked = len(leaves["kernel"].shape) - len(record.rhs.shape)
+        stacked = len(leaves[keys[-1]].shape) - len(record.rhs.shape)
         for kind, name, quantizer, axes in (
-            ("weights", "kernel", rule.weight_quantizer, record.contracted[1]),
+            ("weights", keys[-1], rule.weight_quantizer, record.contracted[1]),
             ("bias", "bias", rule.bias_quantizer, None),
         ):
             if quantizer is not None and name in leaves:
-                found.append(Weight(path, kind, (*keys, name), leaves[name].shape, quantizer, axes, stacked, rule))
+                leaf = (*keys[:-1], name)
+                found.append(Weight(path, kind, leaf, leaves[name].shape, quantizer, axes, stacked, rule))
     return tuple(found)
 
 

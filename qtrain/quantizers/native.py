@@ -185,6 +185,8 @@ def _forward_obstacle(
         return "a convolution in groups of examples runs in float"
     if op.feature_group_count > 1 and offsets:
         return "a zero point is not corrected in a grouped convolution; use grid='symmetric'"
+    if offsets and op.lhs_dilation is not None and set(op.lhs_dilation) != {1}:
+        return "a zero point is not corrected in a convolution with a dilated input; use grid='symmetric'"
     length = _size(shapes[1].shape[:-1])
     return f"its window has {length:,} elements, whose sum may not fit int32" if length > integer.LONGEST else None
 
