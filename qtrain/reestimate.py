@@ -16,7 +16,7 @@ import numpy as np
 
 from qtrain.errors import UsageError
 from qtrain.inject import QuantizedModel
-from qtrain.inject.linen import Bits
+from qtrain.inject.checks import Bits
 from qtrain.inject.trace import never_replay
 from qtrain.state import Batch
 from qtrain.tasks import IMAGES, Task

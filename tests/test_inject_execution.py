@@ -148,7 +148,7 @@ class TestWhatIsAskedFor:
 
     def test_initialisation_and_the_float_model_know_nothing_of_it(self, monkeypatch):
         qmodel = quantize(MLP(), native_rule())
-        monkeypatch.setattr("qtrain.inject.linen.choose", None)
+        monkeypatch.setattr("qtrain.inject.linen_pass.choose", None)
         variables = qmodel.init(KEY, X)
         np.testing.assert_array_equal(qmodel.apply(variables, X), MLP().apply(variables, X))
 

@@ -165,8 +165,8 @@ def _stored(ops: Ops, precision: Precisions) -> list[_Stored]:
     stored: dict[str, _Stored] = {}
     for op in ops:
         for operand in (op.lhs, op.rhs):
-            if operand.kind != "weight":
-                continue
+            if operand.kind != "weight" or (op.marker is not None and op.marker.pair):
+                continue  # what attention multiplies is made of weights at most, which count where they are multiplied
             bits = operand_bits(op, precision, "weights", operand.native_bits)
             asked = requested_bits(op, precision, "weights")
             quantized = False if asked is None else asked < FLOAT_FROM

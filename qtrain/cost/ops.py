@@ -85,8 +85,10 @@ class Op:
         """Which bits of a `Precision` the left and the right operand take: the weight ``weights``, the rest ``acts``.
 
         When neither operand depends on an argument (a layer applied to learned positions), the left one is the layer's
-        input, as Flax writes its products.
+        input, as Flax writes its products. Both operands of a marked pair are activations, whatever they depend on.
         """
+        if self.marker is not None and self.marker.pair:
+            return "acts", "acts"
         if self.rhs.kind == "weight":
             return "acts", "weights"
         return ("weights" if self.lhs.kind == "weight" else "acts"), "acts"

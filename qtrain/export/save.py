@@ -136,7 +136,8 @@ def contents(
         raise UsageError(
             "export: no weight of the model is quantized below 24 bits (a float run); there are no integers to store"
         )
-    dtypes = {weight.name: resolved.records[weight.path].rhs.dtype for weight in kept}
+    seen = {weight.name: resolved.records[weight.path].rhs for weight in kept}
+    dtypes = {name: operand.dtype for name, operand in seen.items() if operand is not None}
     coded = _encoded(kept, variables, bits, dtypes)
 
     tensors: dict[str, np.ndarray] = {}

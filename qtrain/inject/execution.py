@@ -115,14 +115,19 @@ def choose(
     Raises:
       UsageError: for "native" where the forward product cannot run on codes; it names the layer and the reason.
     """
+    narrowest = narrowest or Precision()
+    if record.op == "attention":  # both operands are activations: the right one has their quantizer and bits
+        rule = dataclasses.replace(rule, weight_quantizer=rule.act_quantizer, weights=rule.acts)
+        widest, narrowest = (dataclasses.replace(ends, weights=ends.acts) for ends in (widest, narrowest))
+        bits = None if bits is None else dataclasses.replace(bits, weights=bits.acts)
     if rule.execution == "fake" or _left_in_float(rule, bits):
         return Choice()
-    widths = {kind: _width(kind, rule, widest, narrowest or Precision(), bits) for kind in _KINDS}
+    widths = {kind: _width(kind, rule, widest, narrowest, bits) for kind in _KINDS}
     absent = _absent(rule, bits)
     quantizers = {kind: None if kind in absent else getattr(rule, field) for kind, (_, field) in _KINDS.items()}
     operands = Operands(quantizers["acts"], quantizers["weights"], quantizers["grads"], rule.residuals)
     limits = (widths["acts"], widths["weights"], widths["grads"])
-    layer = record.contraction, operands, record.lhs, record.rhs
+    layer: tuple[Any, Any, Any, Any] = record.contraction, operands, record.lhs, record.rhs  # no None: it is a product
     reasons = dict(native.obstacles(*layer, limits))
     for product, kinds in _OPERANDS.items():
         for kind in filter(absent.__contains__, reversed(kinds)):

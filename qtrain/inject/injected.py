@@ -120,7 +120,7 @@ class Injected:
         lhs_params, rhs_params = params()
         traced = Traced(bits.acts, right_bits, bits.grads, seed, lhs_params, rhs_params)
         assert trace.contract is not None
-        with jax.named_scope(marker.encode(op_bits(path, rule))):
+        with jax.named_scope(marker.encode(op_bits(path, rule, self.op))):
             return trace.contract(op, operands, lhs, rhs, traced)
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The layers that no field can be given another contraction, attention, and what modules return.
+"""The layers that no field can be given another contraction, and attention.
 
 What such a layer computes is traced as a function of its parameters and inputs and run again with its products
 quantized (`qtrain.inject.staged`).
@@ -7,20 +7,18 @@ quantized (`qtrain.inject.staged`).
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from qtrain.inject.attention import attention
 from qtrain.inject.injected import Injected, PartScope
 from qtrain.inject.record import Record, effective_bits, shape_of
 from qtrain.inject.staged import replay
 from qtrain.quantizers import Contraction
-from qtrain.quantizers.contraction import quantize_cotangent
 
 if TYPE_CHECKING:
     from qtrain.inject.trace import Trace
@@ -58,7 +56,7 @@ def _cell(trace: Trace, module: Any, path: str, method: str, called: Any, call: 
     """An `nn.OptimizedLSTMCell`: each gate's product is a layer, whose path is that of the same gate in an LSTMCell."""
     if method != "__call__" or not _own(nn.OptimizedLSTMCell, method, called):
         return call(*args, **kwargs)
-    sites = {}
+    sites: dict[str, Injected] = {}
     for gate in _GATES:
         at = join(path, gate)
         trace.modules.setdefault(at, "DenseParams")
@@ -72,31 +70,31 @@ def _embed(trace: Trace, module: Any, path: str, method: str, called: Any, call:
     if method not in ("__call__", "attend") or not _own(nn.Embed, method, called):
         return call(*args, **kwargs)
     leaf = join(path, "embedding")
-    table = Injected(trace, module.scope, path, type(module).__name__, "embed", leaf=leaf)
+    looked_up = Injected(trace, module.scope, path, type(module).__name__, "embed", leaf=leaf)
     if method == "attend":
         at = join(path, "attend")
         site = Injected(
             trace, PartScope(module.scope, "attend"), at, type(module).__name__, "attend", owner=path, leaf=leaf
         )
-        if table.rule and site.rule and table.rule.weight_quantizer == site.rule.weight_quantizer:
+        if looked_up.rule and site.rule and looked_up.rule.weight_quantizer == site.rule.weight_quantizer:
             site.weights_at = module.scope, path  # one table, one grid
         return _staged(trace, module, nn.Embed.attend, call, args, kwargs, {"embedding": site})
-    (indices,) = [*args, *kwargs.values()]
     promote = module.promote_dtype
 
     def promoted(embedding: Array, **options: Any) -> tuple[Array]:
         (embedding,) = promote(embedding, **options)
-        return (_table(table, embedding, jnp.asarray(indices)),)
+        return (table(looked_up, embedding),)
 
     with replaced(module, {"promote_dtype": promoted}):
         return call(*args, **kwargs)
 
 
-def _table(site: Injected, embedding: Array, indices: Array) -> Array:
+def table(site: Injected, embedding: Array) -> Array:
     """The table, each row a channel of its own."""
     trace, rule, axes = site.trace, site.rule, (1,)
-    shapes = shape_of(indices), shape_of(embedding)
-    record = Record(site.path, site.module, "embed", *shapes, None, ((), axes), owner=site.path, leaf=site.leaf)
+    record = Record(
+        site.path, site.module, "embed", None, shape_of(embedding), None, ((), axes), owner=site.path, leaf=site.leaf
+    )
     trace.records.setdefault(site.path, record)
     if rule is None or rule.weight_quantizer is None or not trace.active:
         return embedding
@@ -118,42 +116,11 @@ def _attention(
     if method != "__call__" or own or not _own(nn.MultiHeadDotProductAttention, method, called):
         return call(*args, **kwargs)
 
-    @functools.wraps(function)  # flax passes what the signature names
-    def attention(query: Array, key: Array, value: Array, **options: Any) -> Any:
-        count = 0
+    def site(name: str) -> Injected:
+        scope, at = PartScope(module.scope, name), join(path, name)
+        return Injected(trace, scope, at, type(module).__name__, "attention", owner=path, leaf="")
 
-        def product(op: Contraction, lhs: Array, rhs: Array, leaf: str | None) -> Array:
-            nonlocal count
-            name = ("qk", "pv")[count] if count < 2 else f"product_{count}"
-            count += 1
-            scope, at = PartScope(module.scope, name), join(path, name)
-            site = Injected(trace, scope, at, type(module).__name__, "attention", owner=path, leaf="")
-            return site.product(op, lhs, rhs)
-
-        sown: list[tuple[str, str]] = []
-
-        class Sowing:
-            """Stands in for the module in a function that is traced."""
-
-            values: list[Any]
-
-            def sow(self, collection: str, name: str, value: Any, **_: Any) -> bool:
-                sown.append((collection, name))
-                self.values.append(value)
-                return True
-
-        def pure(_: Any, inputs: tuple[Array, Array, Array]) -> Any:
-            sowing = Sowing()
-            sowing.values = []
-            extra = {"module": sowing} if options.get("module") is not None else {}
-            return function(*inputs, **{**options, **extra}), sowing.values
-
-        out, values = replay(pure, {}, (query, key, value), product)
-        for (collection, name), value in zip(sown, values, strict=True):
-            module.sow(collection, name, value)
-        return out
-
-    with replaced(module, {"attention_fn": attention}):
+    with replaced(module, {"attention_fn": attention(function, site)}):
         return call(*args, **kwargs)
 
 
@@ -174,9 +141,6 @@ def _staged(
     creating = module.is_mutable_collection("params")  # what makes parameters is not pure
     out = call(*args, **kwargs) if creating else None
     params = {name: value for name in sites if (value := _parameter(module, name)) is not None}
-    for name in params:
-        if name.endswith("bias") and trace.active:
-            params[name] = sites[name].bias(params[name])
 
     def pure(params: Mapping[str, Array], inputs: Any) -> Any:
         tree: dict[str, Any] = {}
@@ -191,6 +155,19 @@ def _staged(
         with trace.staging():
             return copy.apply({"params": tree}, *positional, method=method, **named)
 
+    replayed = by_sites(trace, sites, params, pure, (args, kwargs))
+    return out if creating and trace.bits is None else replayed
+
+
+def by_sites(
+    trace: Trace, sites: Mapping[str, Injected], params: Mapping[str, Array], pure: Callable[..., Any], inputs: Any
+) -> Any:
+    """``pure(params, inputs)``, each product with a parameter by the site of its name, which quantizes its bias too."""
+    params = {
+        name: sites[name].bias(value) if name.endswith("bias") and trace.active else value
+        for name, value in params.items()
+    }
+
     def product(op: Contraction, lhs: Array, rhs: Array, leaf: str | None) -> Array:
         if leaf is None:
             return op(lhs, rhs)
@@ -199,8 +176,7 @@ def _staged(
             site.leaf = ""  # not the parameter itself, but something made of it
         return site.product(op, lhs, rhs)
 
-    replayed = replay(pure, params, (args, kwargs), product)
-    return out if creating and trace.bits is None else replayed
+    return replay(pure, params, inputs, product)
 
 
 def _parameter(module: nn.Module, name: str) -> Array | None:
@@ -209,43 +185,6 @@ def _parameter(module: nn.Module, name: str) -> Array | None:
         return None
     value: Any = nn.unbox(module.get_variable("params", outer))
     return value.get(inner) if inner else value
-
-
-def output(trace: Trace, module: nn.Module, path: str, out: Any) -> Any:
-    """What a module returns, where a rule for "output" says so each of its floating-point arrays quantized."""
-    at = join(path, "output")
-    rule = trace.rule(at)
-    if rule is None and not (trace.recording and any(rule.covers(at, "output") for rule in trace.rules)):
-        return out
-    leaves, treedef = jax.tree.flatten(out)
-    floating = [isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating) for x in leaves]
-    if not any(floating):
-        return out
-    first = shape_of(leaves[floating.index(True)])
-    axes = tuple(range(1, len(first.shape)))
-    kind = type(module).__name__
-    trace.records.setdefault(at, Record(at, kind, "output", first, None, None, (axes, None), owner=path))
-    if rule is None or not trace.active:
-        return out
-    bits = effective_bits(rule, trace.precision(at))
-    for index, x in enumerate(leaves):
-        if not floating[index]:
-            continue
-        # Several outputs have parameters of their own each.
-        name = "output" if index == floating.index(True) else f"output_{index}"
-        site = Injected(trace, PartScope(module.scope, name), join(path, name), kind, "output", owner=path, leaf="")
-        axes = tuple(range(1, x.ndim))
-        params = site.keeps("acts", rule.act_quantizer, x, bits.acts, axes)
-        if trace.bits is None:
-            continue
-        quantizers = ((rule.act_quantizer, bits.acts), (rule.grad_quantizer, bits.grads))
-        used = [q is not None and b is not None and q.stochastic for q, b in quantizers]
-        if rule.act_quantizer is not None and bits.acts is not None:
-            x = rule.act_quantizer(x, bits.acts, params, key=site.seed(site.path, used[0]), axes=axes)
-        if rule.grad_quantizer is not None and bits.grads is not None:
-            x = quantize_cotangent(rule.grad_quantizer, x, bits.grads, site.seed(f"{site.path}/grads", used[1]))
-        leaves[index] = x
-    return treedef.unflatten(leaves)
 
 
 @contextlib.contextmanager

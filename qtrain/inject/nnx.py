@@ -245,22 +245,23 @@ class QuantizedModule(nnx.Module):
         resolved = resolved_for(settings, self.module, call)
         choices = settings.chosen(resolved)
         ops = count(forward, jax.tree.map(abstract, variables), *call.args, **call.kwargs)
-        unused = [rule.path for index, rule in enumerate(self.rules) if index not in resolved.assigned.values()]
+        used = {index % len(self.rules) for index in resolved.assigned.values()}
+        unused = [rule.path for index, rule in enumerate(self.rules) if index not in used]
         shared = {path for path, _ in learned.shared}
-        return Plan(rows(resolved, self.rules, ops, shared), ops, tuple(unused)).with_choices(choices)
+        return Plan(rows(resolved, settings.expanded, ops, shared), ops, tuple(unused)).with_choices(choices)
 
     def weights(self, *args: Any, method: Method = None, **kwargs: Any) -> tuple[Weight, ...]:
         """The parameters that are quantized, an entry each, in order of execution; arguments as for `plan`."""
         resolved = resolved_for(self.settings, self.module, _shapes(args, kwargs, method))
         params = collections(nnx.state(self.module))[0]["params"]
-        return weights(resolved, self.rules, jax.tree.map(abstract, params))
+        return weights(resolved, self.settings.expanded, jax.tree.map(abstract, params))
 
     def quantizers(self, *args: Any, method: Method = None, **kwargs: Any) -> dict[tuple[str, str], Quantizer]:
         """(layer path, "weights" | "acts" | "bias" | "grads") → quantizer; arguments as for `plan`."""
         kinds = ("weights", "weight"), ("acts", "act"), ("bias", "bias"), ("grads", "grad")
         assigned = resolved_for(self.settings, self.module, _shapes(args, kwargs, method)).assigned
         found = {
-            (path, kind): getattr(self.rules[index], f"{field}_quantizer")
+            (path, kind): getattr(self.settings.expanded[index], f"{field}_quantizer")
             for path, index in assigned.items()
             for kind, field in kinds
         }

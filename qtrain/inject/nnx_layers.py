@@ -12,7 +12,10 @@ from flax import nnx
 from jax import lax
 
 from qtrain.errors import UsageError
+from qtrain.inject.attention import attention
 from qtrain.inject.injected import Injected
+from qtrain.inject.layers import join
+from qtrain.inject.nnx_staged import FIELD, STAGED, sites, staging
 from qtrain.inject.nnx_variables import Kept, Place
 from qtrain.inject.trace import Trace
 
@@ -24,7 +27,7 @@ _LAYERS: dict[type[nnx.Module], tuple[str, str, Any]] = {
     nnx.LinearGeneral: ("dot", "dot_general", None),
     nnx.Conv: ("conv", "conv_general_dilated", lax.conv_general_dilated),
 }
-_NOT_REACHED = (nnx.ConvTranspose, nnx.Einsum, nnx.Embed, nnx.LoRA)
+_NOT_REACHED = (nnx.LoRA,)
 _ABSENT = object()
 
 
@@ -43,24 +46,33 @@ class Survey:
     """What an nnx model is made of.
 
     Attributes:
-      layers: those that can be quantized. A module that is found at several paths has the first, attributes being
-        taken in alphabetical order, as in ``nnx.iter_modules``.
+      layers: those whose contraction is a field. A module that is found at several paths has the first, attributes
+        being taken in alphabetical order, as in ``nnx.iter_modules``.
       modules: path → type, of every module.
       notes: path → why a layer cannot be quantized.
       attentions: path → module, where two activations are multiplied by a function that is a field.
+      staged: path → module, of those that call jax themselves; see `qtrain.inject.nnx_staged`.
     """
 
     layers: tuple[Layer, ...]
     modules: Mapping[str, str]
     notes: Mapping[str, str]
-    attentions: Mapping[str, nnx.Module]
+    attentions: Mapping[str, nnx.MultiHeadAttention]
+    staged: Mapping[str, nnx.Module]
+
+    @property
+    def owners(self) -> frozenset[str]:
+        """Paths of the layers that own a kernel."""
+        own = (path for path, module in self.staged.items() if not isinstance(module, nnx.Embed))
+        return frozenset([layer.path for layer in self.layers]).union(own)
 
 
 def survey(model: nnx.Module) -> Survey:
     """The modules of a model."""
     layers: list[Layer] = []
     notes: dict[str, str] = {}
-    attentions: dict[str, nnx.Module] = {}
+    attentions: dict[str, nnx.MultiHeadAttention] = {}
+    staged: dict[str, nnx.Module] = {}
     found = {"/".join(map(str, parts)): module for parts, module in nnx.iter_modules(model)}
     first = {id(module): path for path, module in found.items()}
     modules = {path: type(module).__name__ for path, module in found.items()}
@@ -78,6 +90,8 @@ def survey(model: nnx.Module) -> Survey:
                 notes[path] = f"{type(module).__name__} is not reached by the injection"
             if isinstance(module, nnx.MultiHeadAttention):
                 attentions[path] = module
+            if isinstance(module, STAGED):
+                staged[path] = module
             continue
         op, field, default = spec
         own = getattr(module, field)
@@ -88,7 +102,7 @@ def survey(model: nnx.Module) -> Survey:
             notes[path] = f"sets a {field} of its own"
         else:
             layers.append(Layer(path, module, op, field))
-    return Survey(tuple(layers), modules, notes, attentions)
+    return Survey(tuple(layers), modules, notes, attentions, staged)
 
 
 class InjectedNNX(Injected):
@@ -119,12 +133,20 @@ def injected(model: nnx.Module, found: Survey, trace: Trace, kept: Kept) -> Iter
     before: list[tuple[nnx.Module, str, Any]] = []
 
     def replace(module: nnx.Module, field: str, value: Any) -> None:
-        before.append((module, field, vars(module).get(field, _ABSENT)))
+        known = type(module) if field == "__class__" else vars(module).get(field, _ABSENT)
+        before.append((module, field, known))
         object.__setattr__(module, field, value)
 
     try:
-        for path, attention in found.attentions.items():
-            replace(attention, "attention_fn", _scoped(path, attention.attention_fn))  # type: ignore[attr-defined]
+        for path, attends in found.attentions.items():
+            own = attends.attention_fn
+            if trace.recording or path in trace.inside:
+                own = attention(own, _parts(trace, kept, path, type(attends).__name__))
+            replace(attends, "attention_fn", _scoped(path, own))
+        for path, module in found.staged.items():
+            if trace.recording or path in trace.inside:
+                replace(module, FIELD, sites(trace, kept, path, module))
+                replace(module, "__class__", staging(type(module)))
         for layer in found.layers:
             place: Any = Place(layer.path, kept)
             function = InjectedNNX(trace, place, layer.path, type(layer.module).__name__, layer.op)
@@ -141,6 +163,17 @@ def injected(model: nnx.Module, found: Survey, trace: Trace, kept: Kept) -> Iter
                 object.__delattr__(module, field)
             else:
                 object.__setattr__(module, field, value)
+
+
+def _parts(trace: Trace, kept: Kept, path: str, kind: str) -> Callable[[str], Injected]:
+    """The sites of an attention's products."""
+
+    def site(name: str) -> Injected:
+        at = join(path, name)
+        place: Any = Place(at, kept)
+        return Injected(trace, place, at, kind, "attention", owner=path, leaf="")
+
+    return site
 
 
 def _scoped(path: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from qtrain.inject.learned import LEARNED, Learned
 from qtrain.inject.nnx_layers import injected, survey
 from qtrain.inject.nnx_variables import Kept, QuantVariables
 from qtrain.inject.resolve import Memory, Resolved, is_array, resolve, signature, split_static
-from qtrain.inject.rules import Rule
+from qtrain.inject.rules import Rule, expanded
 from qtrain.inject.trace import STATISTICS, Contract, Record, Trace
 from qtrain.precision import Precision
 from qtrain.quantizers import noise
@@ -73,6 +74,11 @@ class Settings:
     choices: Mapping[str, Choice] = dataclasses.field(default_factory=dict)
     memory: Memory = dataclasses.field(default_factory=Memory, repr=False)
 
+    @functools.cached_property
+    def expanded(self) -> tuple[Rule, ...]:
+        """The rules as they apply to each kind of operation; see `qtrain.inject.rules.expanded`."""
+        return expanded(self.rules)
+
     def choose(self, rule: Rule, record: Record, bits: Precision | None = None) -> Choice:
         """How a layer's products are computed."""
         recorded, backend = self.choices.get(record.path), jax.default_backend()
@@ -92,8 +98,9 @@ class Settings:
             if path not in resolved.assigned and path not in resolved.skipped:
                 near = did_you_mean(path, resolved.assigned)
                 raise UsageError(f"execution[{path!r}]: no layer of that path is quantized.{near}")
-        rules = {path: self.rules[index] for path, index in resolved.assigned.items()}
-        asked = {path: rule for path, rule in rules.items() if rule.execution != "fake"}
+        rules = {path: self.expanded[index] for path, index in resolved.assigned.items()}
+        products = {path: rule for path, rule in rules.items() if resolved.records[path].contraction is not None}
+        asked = {path: rule for path, rule in products.items() if rule.execution != "fake"}
         return {path: self.choose(rule, resolved.records[path]) for path, rule in asked.items()}
 
 
@@ -105,11 +112,11 @@ def resolved_for(settings: Settings, module: nnx.Module, call: Call) -> Resolved
     if known is not None:
         return known
     found = survey(module)
-    owners = frozenset(layer.path for layer in found.layers)
-    if not owners:
+    owners = found.owners
+    if not (found.layers or found.staged):
         names = ", ".join(repr(path) for path in list(found.modules)[:6])
         raise UsageError(
-            f"{type(module).__name__} has no layer that can be quantized (Linear, LinearGeneral, Conv); its modules: "
+            f"{type(module).__name__} has no layer that can be quantized (Linear, Conv, Einsum, ...); its modules: "
             f"{names}"
         )
     dynamic, rebuild = split_static((state, call.tree))
@@ -152,13 +159,15 @@ def quantized(
     """What the module returns, quantized to `bits`; its products carried out as `paths` says, None: in float."""
     check_bits(bits)
     resolved = resolved_for(settings, module, call)
-    check_paths(bits, resolved, settings.rules)
+    check_paths(bits, resolved, settings.expanded)
     seed = None if key is None else noise.seed(key)
     options: dict[str, Any] = {"contract": settings.execute, "choose": paths, "learned": learned}
-    trace = Trace(settings.rules, resolved.assigned, bits, seed, **options)
+    trace = Trace(settings.expanded, resolved.assigned, bits, seed, inside=resolved.inside, **options)
     with injected(module, survey(module), trace, kept):
         out = call(module)
-    astray = sorted(trace.records.keys() ^ resolved.records.keys())
+    astray = sorted(
+        (resolved.assigned.keys() - trace.records.keys()) | (trace.records.keys() - resolved.records.keys())
+    )
     if astray:
         raise UsageError(
             f"layers {astray[:6]} are planned but were not reached in this trace, or the reverse: a transformation "
@@ -173,7 +182,7 @@ def created(settings: Settings, module: nnx.Module, call: Call, bits: Bits | Non
     resolved = resolved_for(settings, module, call)
     kept = Kept(QuantVariables(), creating=frozenset({LEARNED, STATISTICS}))
     options: dict[str, Any] = {"create_statistics": True, "initial_bits": bits, "learned": learned}
-    trace = Trace(settings.rules, resolved.assigned, contract=settings.execute, **options)
+    trace = Trace(settings.expanded, resolved.assigned, contract=settings.execute, inside=resolved.inside, **options)
     with injected(module, survey(module), trace, kept):
         call(module)
     return kept.created[LEARNED], kept.created[STATISTICS]

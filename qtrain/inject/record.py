@@ -64,8 +64,11 @@ def effective_bits(rule: Rule, precision: Precision) -> Precision:
     )
 
 
-def op_bits(path: str, rule: Rule) -> marker.OpBits:
-    """The marker of a layer under its rule. A width that a quantizer chooses is no fixed one, whatever its limit."""
+def op_bits(path: str, rule: Rule, op: str = "") -> marker.OpBits:
+    """The marker of a layer under its rule; `op`: what it does.
+
+    A width that a quantizer chooses is no fixed one, whatever its limit.
+    """
     free: dict[str, Any] = {
         kind: None
         for kind, quantizer in (("weights", rule.weight_quantizer), ("acts", rule.act_quantizer))
@@ -73,7 +76,7 @@ def op_bits(path: str, rule: Rule) -> marker.OpBits:
     }
     without_bias = dataclasses.replace(rule, bias_quantizer=None, **free)
     follow = effective_bits(without_bias, Precision("schedule", "schedule", "schedule"))
-    return marker.OpBits(path, follow.weights, follow.acts, follow.grads, rule.residuals)
+    return marker.OpBits(path, follow.weights, follow.acts, follow.grads, rule.residuals, pair=op == "attention")
 
 
 def check_statistics(rule: Rule, record: Record) -> None:

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from qtrain.errors import UsageError
+from qtrain.inject.assignment import assign, check_rules
 from qtrain.inject.per_width import Held
 from qtrain.inject.rows_in_use import Table
-from qtrain.inject.rules import Rule, assign, check_rules, expanded
+from qtrain.inject.rules import Rule, expanded
 from qtrain.inject.trace import Record, Trace, check_statistics
 from qtrain.trees import leaf_name
 

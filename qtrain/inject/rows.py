@@ -35,7 +35,7 @@ def rows(resolved: Resolved, rules: Sequence[Rule], ops: Ops, shared: Collection
                 found.append(row)
             continue
         rule = rules[index]
-        bits = op_bits(path, rule)
+        bits = op_bits(path, rule, record.op)
         scales = 0
         if record.rhs is not None and rule.weight_quantizer is not None and hasattr(rule.weight_quantizer, "per"):
             scales = layout_of(rule.weight_quantizer, record.rhs.shape, record.contracted[1]).num_scales

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from qtrain.errors import UsageError, did_you_mean
@@ -65,8 +65,8 @@ class Rule:
     "attention" (the products ``attention/qk`` and ``attention/pv``, both operands by `act_quantizer`), "embed" (the
     table that is looked up, by `weight_quantizer`, a row being a channel), "param" (a parameter outside these layers,
     ``module/name``, by `weight_quantizer`), "output" (what a module returns, ``module/output``, by `act_quantizer`, an
-    example being a channel, and its cotangent by `grad_quantizer`). "all": all but "param" and "output". A part,
-    ``module/part``, is matched by its module's path, too."""
+    example being a channel, and its cotangent by `grad_quantizer`). "weighted": those of the
+    default; "all": all but "param" and "output". A part, ``module/part``, is matched by its module's path, too."""
     residuals: Literal["quantized", "original", "folded", "requantized"] = "quantized"
     """What the backward pass multiplies with: the "quantized" operands; the "original" ones; "folded": their codes,
     both scales being folded into the cotangent before it is quantized; or "requantized": an operand whose scale varies
@@ -103,13 +103,12 @@ class Rule:
                 "gradients it compares them with; give a Uniform, an LSQ, a LearnedWidth, or None"
             )
         if not isinstance(self.ops, str | Sequence):
-            raise UsageError(f"rule {self.path!r}: ops={self.ops!r}; give a tuple of {OPS}, or 'all'")
+            raise UsageError(f"rule {self.path!r}: ops={self.ops!r}; give a tuple of {OPS}")
         ops = (self.ops,) if isinstance(self.ops, str) else tuple(self.ops)
-        if ops == ("all",):
-            ops = tuple(op for op in OPS if op not in ("param", "output"))
-        object.__setattr__(self, "ops", ops)
+        every = {"weighted": WEIGHTED, "all": tuple(op for op in OPS if op not in ("param", "output"))}
         for op in ops:
-            _one_of(self.path, "ops", op, OPS)
+            _one_of(self.path, "ops", op, (*OPS, *every))
+        object.__setattr__(self, "ops", tuple(dict.fromkeys(op for name in ops for op in every.get(name, (name,)))))
         _one_of(self.path, "residuals", self.residuals, RESIDUALS)
         _one_of(self.path, "execution", self.execution, EXECUTIONS)
         _one_of(self.path, "position", self.position, POSITIONS)
@@ -130,7 +129,8 @@ def expanded(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """
     found = list(rules)
     for fields in dict.fromkeys(_VOID.values()):
-        found += [dataclasses.replace(rule, **dict.fromkeys(fields)) for rule in rules]
+        without: dict[str, Any] = dict.fromkeys(fields)
+        found += [dataclasses.replace(rule, **without) for rule in rules]
     return tuple(found)
 
 
@@ -194,84 +194,6 @@ def rules_from_config(specs: Sequence[Rule | Mapping[str, Any]], key: str = "qua
     if not rules:
         raise UsageError(f"{key} is empty: give at least one rule")
     return tuple(rules)
-
-
-def check_rules(
-    rules: Sequence[Rule],
-    modules: Iterable[str],
-    quantizable: Mapping[str, str],
-    order: Sequence[str] | None = None,
-    skipped: Collection[str] = (),
-) -> None:
-    """Refuse rules that do nothing.
-
-    Args:
-      rules: in order.
-      modules: every module path of the model.
-      quantizable: path → operation of those that can be quantized.
-      order: the quantizable paths of a whole pass, which say what is first and last; by default those given.
-      skipped: paths that this pass does not reach, so that nothing is known about them: a rule that matches one stands.
-
-    Raises:
-      UsageError: for a rule that matches no module, none of whose matches can be quantized, or none of whose matches is
-        where it wants them.
-    """
-    modules = list(modules)
-    order = quantizable if order is None else order
-    everything = [*modules, *(path for path in quantizable if path not in set(modules))]
-    for rule in rules:
-        if any(rule.matches(path) for path in skipped):
-            continue
-        matched = [path for path in everything if rule.matches(path)]
-        listed = ", ".join(repr(path) for path in list(quantizable)[:6])
-        if not matched:
-            near = did_you_mean(rule.path, everything)
-            raise UsageError(f"rule path={rule.path!r} matches no module; quantizable are {listed}{near}")
-        fitting = [path for path, op in quantizable.items() if rule.covers(path, op)]
-        if not fitting:
-            near = did_you_mean(matched[0], quantizable)
-            other = dict.fromkeys(
-                op for path, op in quantizable.items() if dataclasses.replace(rule, ops=(op,)).covers(path, op)
-            )
-            advice = f"; ops={tuple(other)} would" if other else ""
-            raise UsageError(
-                f"rule path={rule.path!r} (ops={rule.ops}) matches only what cannot be quantized "
-                f"({', '.join(repr(path) for path in matched[:6])}); quantizable are {listed}{near}{advice}"
-            )
-        if rule.position == "any":
-            continue
-        where = _positions(rule, order, quantizable)
-        if where <= set(everything) and not where & set(fitting):
-            raise UsageError(
-                f"rule path={rule.path!r} (ops={rule.ops}) has position={rule.position!r}, which is "
-                f"{' and '.join(repr(path) for path in sorted(where))} and not among what it matches"
-            )
-
-
-def assign(rules: Sequence[Rule], quantizable: Mapping[str, str], order: Sequence[str] | None = None) -> dict[str, int]:
-    """Path → index of its rule (see `expanded`), for every quantizable path, in order, that a rule covers.
-
-    `order`: as for `check_rules`.
-    """
-    order = list(quantizable) if order is None else order
-    where = [None if rule.position == "any" else _positions(rule, order, quantizable) for rule in rules]
-    assigned = {}
-    for path, op in quantizable.items():
-        for index, (rule, places) in enumerate(zip(rules, where, strict=True)):
-            if rule.covers(path, op) and (places is None or path in places):
-                assigned[path] = offset(op) * len(rules) + index
-                break
-    return assigned
-
-
-def _positions(rule: Rule, order: Iterable[str], quantizable: Mapping[str, str]) -> set[str]:
-    """The first, last or both of the layers of a pass that have an operation of the rule's.
-
-    `order` may be a mapping to these; a path whose operation nothing tells counts.
-    """
-    ops = {**order, **quantizable} if isinstance(order, Mapping) else quantizable
-    fitting = [path for path in order if ops.get(path, rule.ops[0]) in rule.ops]
-    return {*(fitting[:1] if rule.position != "last" else ()), *(fitting[-1:] if rule.position != "first" else ())}
 
 
 def _fixed_bits(path: str, name: str, value: Any) -> int:

@@ -53,8 +53,9 @@ class Node(NamedTuple):
 
 def split_arrays(tree: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:
     """The arrays of a pytree, and a function that puts others in their places."""
+    treedef: Any
     leaves, treedef = jax.tree.flatten(tree)
-    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
+    arrays: list[Any] = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
 
     def rebuild(others: Sequence[Array]) -> Any:
         remaining = iter(others)
@@ -111,7 +112,8 @@ def _evaluate(jaxpr: Any, constants: Sequence[Node], inputs: Sequence[Node], pro
             consts = [Node(value, data=True) for value in inner.consts]
             outputs = _evaluate(inner.jaxpr, consts, operands, product)
         elif eqn.primitive.name in _PRODUCTS and any(node.data for node in operands):
-            outputs = [Node(_product(eqn, *operands, product), data=True)]
+            lhs, rhs = operands
+            outputs = [Node(_product(eqn, lhs, rhs, product), data=True)]
         else:
             outputs = _repeated(eqn, operands, jaxpr.debug_info)
         known.update(zip(eqn.outvars, outputs, strict=True))

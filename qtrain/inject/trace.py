@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from qtrain.inject import layers
 from qtrain.inject.injected import STATISTICS, Injected
 from qtrain.inject.learned import Learned
+from qtrain.inject.outputs import output
 from qtrain.inject.record import Record, check_statistics, effective_bits, op_bits
 from qtrain.inject.rules import Rule
 from qtrain.precision import Precision
@@ -116,7 +117,7 @@ class Trace:
             self._calls.pop()
         self._see_raw(module, path)
         # Once for a module that shares its scope with its only child, and for a subclass that calls its parent.
-        return out if path in self._calls else layers.output(self, module, path, out)
+        return out if path in self._calls else output(self, module, path, out)
 
     def _layer(
         self, call: Callable[..., Any], args: Any, kwargs: Any, path: str, context: nn.module.InterceptorContext

@@ -116,7 +116,7 @@ def weights(resolved: Resolved, rules: Sequence[Rule], params: Any) -> tuple[Wei
       rules: in order.
       params: the parameters, or their shapes.
     """
-    found = []
+    found: list[Weight] = []
     for path, index in resolved.assigned.items():
         rule, record = rules[index], resolved.records[path]
         if not record.leaf or record.rhs is None or tuple(record.leaf.split("/")) in {weight.leaf for weight in found}:
