@@ -23,6 +23,7 @@ QUANT: dict[str, Any] = {
     "threshold": {"schedule": "constant", "final_factor": 1.0},
     "residuals": "quantized",
     "execution": "fake",
+    "ops": ("weighted",),
     "rules": (),
     "backend": "qtrain",
 }
@@ -43,8 +44,9 @@ def base_config(task: str) -> ConfigDict:
                  and ``ends`` (bits of the first and the last layer); "cpt", "trs" and "multi_precision" bring their
                  own: `qtrain.methods`.
                  For any of them ``residuals``, ``execution`` ("fake", "native", "auto", as `Rule` has them);
-                 ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with residuals and execution of
-                 their own; ``threshold``: the schedule of nested quantizers' λ; ``backend`` ("qtrain", or
+                 ``ops``: what is quantized, as `Rule` has it ("weighted", and for transformers "attention", too);
+                 ``rules``: mappings of `Rule`'s fields, tried before the recipe's, with residuals, execution and ops
+                 of their own; ``threshold``: the schedule of nested quantizers' λ; ``backend`` ("qtrain", or
                  "aqt": the AQT baseline at static bits)
     multi_precision  widths that are trained together, with the recipe of that name:
                  `qtrain.methods.multi_precision.from_config`; ``data.repeat``: steps that take the same batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from qtrain.inject import (
     rules_from_config,
 )
 from qtrain.inject.execution import Choice
-from qtrain.inject.rules import EXECUTIONS
+from qtrain.inject.rules import EXECUTIONS, OPS
 from qtrain.losses import penalty_from_config
 from qtrain.losses.budget import budget_from_config, initial_controller
 from qtrain.losses.thresholds import thresholds_from_config
@@ -384,7 +384,8 @@ def _rules(config: ConfigDict, method: MultiPrecision | None) -> tuple[Rule, ...
     if quant.recipe != "default":
         paper = PAPERS[quant.recipe]() if method is None else multi_precision_rules(method.widths, quant.ends)
         # A layer that stays in float by intention is one of which no execution could make anything else.
-        return (*own, *(dataclasses.replace(rule, **chosen) if rule.weight_quantizer else rule for rule in paper))
+        paper = tuple(dataclasses.replace(rule, **chosen) if rule.weight_quantizer else rule for rule in paper)
+        return (*own, *_for_ops(paper, quant.ops))
     recipe = default_rules(
         weight_quantizer=quantizer_from_config(quant.weights, "quant.weights"),
         act_quantizer=quantizer_from_config(quant.acts, "quant.acts"),
@@ -392,4 +393,14 @@ def _rules(config: ConfigDict, method: MultiPrecision | None) -> tuple[Rule, ...
         bias_quantizer=quantizer_from_config(quant.bias, "quant.bias"),
         ends=quant.ends,
     )
-    return (*own, *(dataclasses.replace(rule, **chosen) for rule in recipe))
+    return (*own, *_for_ops([dataclasses.replace(rule, **chosen) for rule in recipe], quant.ops))
+
+
+def _for_ops(rules: Sequence[Rule], ops: Any) -> tuple[Rule, ...]:
+    """`rules`, for the operations that ``quant.ops`` names."""
+    if not ops:
+        raise UsageError(f"quant.ops={ops!r}: give a tuple of {OPS}, or ('weighted',) or ('all',)")
+    try:
+        return tuple(dataclasses.replace(rule, ops=ops) for rule in rules)
+    except UsageError as error:
+        raise UsageError(f"quant.ops: {error}") from None

@@ -59,6 +59,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "digits_vit": {
         "data": {"name": "digits", "batch_size": 64, "augment": ("crop",), "crop_padding": 1},
         "model": {"name": "vit", "patch": 2, "num_layers": 4, "width": 64, "num_heads": 4},
+        "quant": {"ops": ("weighted", "attention")},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 1e-3,
@@ -261,6 +262,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "num_heads": 3,
             "drop_path": 0.1,
         },
+        "quant": {"ops": ("weighted", "attention")},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 1e-3,
@@ -300,6 +302,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "mlp": "swiglu",
             "use_bias": False,
         },
+        "quant": {"ops": ("weighted", "attention")},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 6e-4,
@@ -314,6 +317,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "tiny_shakespeare_transformer": {
         "data": {"name": "tiny_shakespeare", "batch_size": 16, "length": 128},
         "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4, "dropout": 0.1},
+        "quant": {"ops": ("weighted", "attention")},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 1e-3,

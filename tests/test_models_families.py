@@ -254,7 +254,7 @@ def test_rules_reach_each_part_of_mobilenet():
     plan = qtrain.quantize(model, rules).plan(abstract(1, 32, 32, 3))
     bits = [row.bits.weights for row in plan]
     assert {width: bits.count(width) for width in (8, 4, 3, 7)} == {8: 17, 4: 16, 3: 17, 7: 3}
-    assert len(bits) == 53
+    assert len(bits) == 53 and plan.coverage == 1
 
 
 def depthwise(x, kernel, stride):

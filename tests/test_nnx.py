@@ -24,6 +24,7 @@ NOISY = dataclasses.replace(GRID, rounding="stochastic")
 WIDTHS = (2.0, 3.0, 8.0)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 BITS = Precision(weights=4, acts=4)
+TOKENS = np.arange(8) % 5
 
 
 def normal(*shape):
@@ -86,6 +87,28 @@ class Recurrent(nnx.Module):
         return self.head(self.rnn(x))
 
 
+class LinenLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        table = nn.Embed(5, 6, name="table")
+        x = nn.ConvTranspose(6, (3,), strides=2, name="up")(nn.Einsum((6, 4), "bti,io->bto", name="merge")(x))
+        return table.attend(nn.remat(nn.Einsum)((6, 6), "bti,io->bto", name="again")(x + table(TOKENS)))
+
+
+class Layers(nnx.Module):
+    """Those that call jax themselves, one inside ``nnx.remat``."""
+
+    def __init__(self, rngs):
+        self.merge = nnx.Einsum("bti,io->bto", (6, 4), (4,), rngs=rngs)
+        self.up = nnx.ConvTranspose(4, 6, (3,), strides=2, rngs=rngs)
+        self.again = nnx.Einsum("bti,io->bto", (6, 6), (6,), rngs=rngs)
+        self.table = nnx.Embed(5, 6, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.up(self.merge(x)) + self.table(TOKENS)
+        return self.table.attend(nnx.remat(lambda layer, x: layer(x))(self.again, x))
+
+
 class MLP(nnx.Module):
     def __init__(self, rngs, first=nnx.Linear, **kwargs):
         self.up, self.down = first(6, 8, rngs=rngs, **kwargs), nnx.Linear(8, 6, rngs=rngs)
@@ -101,6 +124,7 @@ TWINS = {
     "residual block": (LinenResidual(), Residual, normal(2, 6, 6, 3)),
     "attention block": (LinenAttention(), Attention, normal(2, 3, 6)),
     "lstm": (LinenRecurrent(), Recurrent, normal(2, 3, 5)),
+    "layers": (LinenLayers(), Layers, normal(2, 4, 6)),
 }
 
 
@@ -155,9 +179,10 @@ def test_values_and_gradients_are_the_linen_twins_with_one_trace_for_all_widths(
     linen, cls, x = TWINS[name]
     model = made(cls)
     variables = twin_variables(linen, model, x)
-    # Noise is drawn by the layer's path, and the gates of the two cells have different names.
-    grads = GRID if name == "lstm" else NOISY
-    rule = Rule(grad_quantizer=grads, bias_quantizer=Uniform("symmetric", per="tensor"))
+    # Noise is drawn by a layer's path and shape: the gates of the two cells have different names, the products of the
+    # two attentions other axes.
+    grads = GRID if name in ("lstm", "attention block") else NOISY
+    rule = Rule(ops="all", grad_quantizer=grads, bias_quantizer=Uniform("symmetric", per="tensor"))
     qmodel, twin, target, traces = quantize(model, rule), inject.quantize(linen, rule), normal(5000), []
 
     def loss(out):
@@ -204,8 +229,6 @@ def test_values_and_gradients_are_the_linen_twins_with_one_trace_for_all_widths(
     assert rows.keys() == twin_rows.keys() and plan.macs == twin_plan.macs and plan.coverage == twin_plan.coverage
     for path, row in twin_rows.items():
         own = dataclasses.replace(rows[path], path=row.path, module=row.module)
-        if row.op == "attention":  # which linen reaches, for rules that ask for it
-            own = dataclasses.replace(own, op=row.op, note=row.note)
         assert dataclasses.replace(own, bits=row.bits) == row
         assert dataclasses.replace(rows[path].bits, path=row.path) == row.bits
     assert [linen_path(weight.path) for weight in qmodel.weights(x)] == [weight.path for weight in twin.weights(x)]
