@@ -63,6 +63,9 @@ def base_config(task: str) -> ConfigDict:
     eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``;
                  ``reestimate_batches``: norm statistics are re-estimated from so many training batches before it
     checkpoint   ``every_steps | every_epochs | every_percent``, ``keep``
+    mesh         sizes of the axes of devices ``data`` and ``fsdp``, -1: all that are left. A batch is split over both;
+                 along ``fsdp`` parameters, gradients and optimizer states of ``fsdp_min_size`` elements and more are
+                 split, too: `qtrain.sharding`. A run may be resumed with another mesh
     ===========  ====================================================================================================
 
     Raises:
@@ -83,6 +86,7 @@ def _shared_keys() -> dict[str, Any]:
     # These import grain and JAX, which `qtrain --help` must not wait for.
     from qtrain.data import DEFAULTS
     from qtrain.losses import LOSSES
+    from qtrain.sharding import DEFAULTS as MESH
 
     every: dict[str, Any] = {"every_steps": 0, "every_epochs": 0.0, "every_percent": 0.0}
     return {
@@ -156,6 +160,7 @@ def _shared_keys() -> dict[str, Any]:
         },
         "eval": {**every, "batch_size": 360, "reestimate_batches": 0},
         "checkpoint": {**every, "keep": 2},
+        "mesh": dict(MESH),
     }
 
 

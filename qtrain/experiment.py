@@ -47,6 +47,7 @@ from qtrain.quantizers import RESIDUALS
 from qtrain.quantizers.native import WIDEST
 from qtrain.schedules import PrecisionSchedule
 from qtrain.sensitivity import weight_traces
+from qtrain.sharding import check_mesh
 from qtrain.state import NOTHING, TrainState, create
 from qtrain.tasks import IMAGES, Task, task_for
 from qtrain.widths import Widths
@@ -114,10 +115,13 @@ class Experiment:
         """The shape of the model's input for one training batch: an array's, or by name those of a graph."""
         return _inputs(self.dataset, self.config.data.batch_size)
 
-    def train_batches(self, **arguments: Any) -> data.TrainIterator:
-        """The run's training batches, from its first on and each once; `arguments`: of `data.train_iterator`."""
-        config, processes = self.config.data, (jax.process_index(), jax.process_count())
-        return data.train_iterator(self.dataset, config.batch_size, config.seed, *processes, **arguments)
+    def train_batches(self, index: int | None = None, count: int | None = None, **arguments: Any) -> data.TrainIterator:
+        """The run's training batches, from its first on and each once; `arguments`: of `data.train_iterator`.
+
+        Of each batch the rows of process `index` of `count`, by default those of this process.
+        """
+        part = jax.process_index() if index is None else index, jax.process_count() if count is None else count
+        return data.train_iterator(self.dataset, self.config.data.batch_size, self.config.data.seed, *part, **arguments)
 
     def initial_state(self, seed: int | None = None) -> TrainState:
         """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's."""
@@ -375,6 +379,7 @@ def _check_values(config: ConfigDict) -> None:
     ):
         if not low <= value <= high:
             raise UsageError(f"{key}={value}: give a whole number from {low} to {high}")
+    check_mesh(config.mesh)
 
 
 def _rules(config: ConfigDict, method: MultiPrecision | None) -> tuple[Rule, ...]:

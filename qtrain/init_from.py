@@ -27,7 +27,7 @@ def load_float(
     abstract_variables: Mapping[str, Any],
     *,
     per_width: Collection[tuple[str, ...]] = (),
-    sharding: jax.sharding.Sharding | None = None,
+    sharding: jax.sharding.Sharding | Callable[[tuple[int, ...]], jax.sharding.Sharding] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """The parameters and the model's other collections (``batch_stats``) of an earlier run, for a new one to start at.
@@ -43,7 +43,7 @@ def load_float(
         dtype is cast to another.
       per_width: names, ``("batch_stats", "BatchNorm_0", "mean")``, of variables with a leading axis of rows for each
         width (``qmodel.held(variables).leaves``). Where the checkpoint has none, every row begins as what it has.
-      sharding: where every array is placed; None: where new arrays go.
+      sharding: where every array is placed, or a function that says so of a shape; None: where new arrays go.
       report: takes a one-line remark when the run has not finished; prints to stderr by default.
 
     Returns:
@@ -78,7 +78,8 @@ def load_float(
     # In the dtypes of the checkpoint, which Orbax would otherwise change its own way.
     def as_stored(name: str) -> jax.ShapeDtypeStruct:
         shape, dtype = stored[name]
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=sharding)
+        where = sharding(shape) if callable(sharding) else sharding
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=where)
 
     structure = jax.tree.structure(state)
     abstract = jax.tree.unflatten(structure, [as_stored(name) for name in named])

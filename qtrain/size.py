@@ -15,6 +15,7 @@ from qtrain.export.encode import below_float, encode, quantized_at, scale_leaves
 from qtrain.inject import Weight
 from qtrain.precision import Precision
 from qtrain.quantizers import FLOAT_BITS
+from qtrain.sharding import to_host
 
 Array = jax.Array
 
@@ -155,8 +156,7 @@ def size_summary(
         return {}
     encoded = jax.jit(lambda p, q: {w.name: encode(w, p, q, w.bits(precision)) for w in kept})(params, quant)
     sizes = {
-        name: measure(np.asarray(jax.device_get(codes)), stored_scale_bytes(scale))
-        for name, (codes, scale) in encoded.items()
+        name: measure(np.asarray(to_host(codes)), stored_scale_bytes(scale)) for name, (codes, scale) in encoded.items()
     }
     total = sum(weight.size for weight in kept)
     rest = _parameters(params) - total

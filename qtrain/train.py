@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qtrain import cost, data, manifest, sharding, workdir
+from qtrain import cost, data, manifest, processes, sharding, workdir
 from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
 from qtrain.errors import UsageError
@@ -39,11 +41,14 @@ class Diverged(Exception):
 
 
 class Preempted(Exception):
-    """SIGTERM: the state was saved, the run can be resumed."""
+    """SIGTERM, to any of the processes: the state was saved, the run can be resumed."""
 
 
 def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool = False) -> dict[str, Any]:
     """Train as `config` says, in the run's `folder`; resume if it holds this run already.
+
+    Where ``jax.distributed`` was started, every process calls this with the same config and the same folder, on a file
+    system that all of them see; see `qtrain.processes`.
 
     Args:
       config: from a config's ``get_config()``.
@@ -60,7 +65,22 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
       Preempted: after SIGTERM, once a checkpoint is written.
     """
     check_keys(config)
-    mesh = sharding.make_mesh()
+    processes.check_same(config.to_dict())
+    experiment, mesh, loaded = processes.together(lambda: _prepared(config, folder))
+    with _sigterm() as stopped:  # from here on there is something to save or to resume
+        status = processes.on_first(lambda: workdir.prepare(folder, config.to_dict(), workdir.package_versions()))
+        if status == "done":
+            return processes.on_first(lambda: workdir.read_summary(folder))
+        experiment = _as_started(experiment, folder)
+        quiet = quiet or not processes.first()
+        if not quiet:
+            print(describe(experiment), flush=True)
+        return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
+
+
+def _prepared(config: ConfigDict, folder: str) -> tuple[Experiment, Mesh, dict[str, Any] | None]:
+    """What `config` stands for, on which devices, and what it starts from; nothing is written or compiled."""
+    mesh = sharding.make_mesh(config.mesh)
     experiment = build(config)
     if experiment.dataset.kind != "graph":
         sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
@@ -69,25 +89,19 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
     if config.eval.reestimate_batches:
         variables = jax.eval_shape(experiment.initial_state).variables
         check_reestimation(experiment.qmodel, variables, experiment.inputs(), config.eval.reestimate_batches)
-    loaded = _loaded(experiment, folder, mesh)
-    with _sigterm() as stopped:  # from here on there is something to save or to resume
-        status = workdir.prepare(folder, config.to_dict(), workdir.package_versions())
-        if status == "done":
-            return workdir.read_summary(folder)
-        experiment = _as_started(experiment, folder)
-        if not quiet:
-            print(describe(experiment), flush=True)
-        return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
+    return experiment, mesh, _loaded(experiment, folder, mesh)
 
 
-def _loaded(experiment: Experiment, folder: str, mesh: Any) -> dict[str, Any] | None:
+def _loaded(experiment: Experiment, folder: str, mesh: Mesh) -> dict[str, Any] | None:
     """What `init_from` names, before anything is written; None where the run goes on from a checkpoint of its own."""
     path = experiment.config.init_from
     if not path or manifest.folders(Path(folder) / "checkpoints"):
         return None
     variables = jax.eval_shape(experiment.initial_state).variables
-    per_width = experiment.qmodel.held(variables).leaves
-    return load_float(path, variables, per_width=per_width, sharding=sharding.replicated(mesh))
+    per_width, min_size = experiment.qmodel.held(variables).leaves, experiment.config.mesh.fsdp_min_size
+    return load_float(
+        path, variables, per_width=per_width, sharding=lambda shape: sharding.placed(mesh, shape, min_size)
+    )
 
 
 def _as_started(experiment: Experiment, folder: str) -> Experiment:
@@ -97,11 +111,16 @@ def _as_started(experiment: Experiment, folder: str) -> Experiment:
     """
     if not experiment.plan.choices:
         return experiment
-    recorded = workdir.recorded(folder).get("execution")
-    if recorded is not None:
-        return experiment.with_choices(recorded)
-    workdir.record(folder, "execution", {path: c.to_json() for path, c in experiment.plan.choices.items()})
-    return experiment
+
+    def chosen() -> dict[str, Any]:
+        recorded = workdir.recorded(folder).get("execution")
+        if recorded is not None:
+            return recorded
+        choices = {path: c.to_json() for path, c in experiment.plan.choices.items()}
+        workdir.record(folder, "execution", choices)
+        return choices
+
+    return experiment.with_choices(processes.on_first(chosen))
 
 
 def _keep_compilations(folder: str) -> None:
@@ -119,7 +138,7 @@ class _Run:
         self,
         experiment: Experiment,
         folder: Path,
-        mesh: Any,
+        mesh: Mesh,
         resume: bool,
         quiet: bool,
         profile: bool,
@@ -128,32 +147,15 @@ class _Run:
         self.experiment, self.folder, self.mesh = experiment, folder, mesh
         self.config = config = experiment.config
         self.per_dispatch = config.train.steps_per_dispatch
-        self.profile = profile
+        self.profile = profile and processes.first()
         self.evaluator = Evaluator(experiment, mesh)
         self._quality = f"test_{experiment.task.metric}"
-        step = make_train_step(
-            experiment.qmodel,
-            experiment.optimizer,
-            experiment.precision,
-            experiment.plan.ops,
-            config.train.log_every_steps,
-            experiment.additions,
-            experiment.task,
-        )
-        everywhere, graph = sharding.replicated(mesh), experiment.dataset.kind == "graph"
-        self.step_fn = jax.jit(
-            step if self.per_dispatch == 1 else several_steps(step),
-            donate_argnums=0,
-            in_shardings=(
-                everywhere,
-                everywhere if graph else sharding.split(mesh, axis=int(self.per_dispatch > 1)),
-                everywhere,
-            ),
-            out_shardings=everywhere,
-        )
+        self.shardings = self._placed(jax.eval_shape(experiment.initial_state))
+        self.step_fn = self._step_fn()
+        everywhere = sharding.replicated(mesh)
         measure = make_layer_metrics(experiment)
-        self.layer_metrics = None if measure is None else jax.jit(measure)
-        self.key = jax.random.key(config.seed)
+        self.layer_metrics = None if measure is None else jax.jit(measure, out_shardings=everywhere)
+        self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
         self.fingerprint = data.fingerprint(
             experiment.dataset, config.data.batch_size, config.data.seed, config.data.repeat
         )
@@ -161,7 +163,7 @@ class _Run:
         self.metadata: dict[str, Any] = {"elapsed": 0.0, "compilations": 0}
         self.state = self._initial_state(resume, loaded)
         self.start = int(self.state.step)
-        self.writer = MetricsWriter(folder, self.start if self.start else None, enabled=jax.process_index() == 0)
+        self.writer = MetricsWriter(folder, self.start if self.start else None, enabled=processes.first())
         self.progress = Progress(
             experiment.total_steps, self.start, elapsed_before=self.metadata["elapsed"], enabled=not quiet
         )
@@ -169,6 +171,43 @@ class _Run:
         self.evaluated_at = -1
         self.rows: Any = None  # of the batch that is on the devices
         self.batch: Any = None
+        several = jax.process_count() > 1
+        self.asks = {value: processes.flag(value, mesh) for value in (False, True)} if several else None
+        self.asked = False  # whether some process was asked to stop, known to all at the same step
+
+    def _step_fn(self) -> jax.stages.Wrapped:
+        """The compiled train step; of several processes, also with a part each of whether to stop."""
+        experiment, config, mesh = self.experiment, self.config, self.mesh
+        step: Any = make_train_step(
+            experiment.qmodel,
+            experiment.optimizer,
+            experiment.precision,
+            experiment.plan.ops,
+            config.train.log_every_steps,
+            experiment.additions,
+            experiment.task,
+            lambda gradients: jax.lax.with_sharding_constraint(gradients, self._placed(gradients)),
+        )
+        if self.per_dispatch > 1:
+            step = several_steps(step)
+
+        def asking(state: TrainState, batch: Any, key: jax.Array, stop: jax.Array) -> tuple[TrainState, dict[str, Any]]:
+            state, out = step(state, batch, key)
+            return state, {**out, "stop": jnp.any(stop)}
+
+        everywhere, graph = sharding.replicated(mesh), experiment.dataset.kind == "graph"
+        batch = everywhere if graph else sharding.split(mesh, axis=int(self.per_dispatch > 1))
+        several = jax.process_count() > 1
+        return jax.jit(
+            asking if several else step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, batch, everywhere, *[sharding.split(mesh)] * several),
+            out_shardings=(self.shardings, everywhere),
+        )
+
+    def _placed(self, tree: Any) -> Any:
+        """Where each array of a tree of parameters, or of what belongs to them, lies."""
+        return sharding.placed_tree(self.mesh, tree, self.config.mesh.fsdp_min_size)
 
     def __call__(self, stopped: threading.Event) -> dict[str, Any]:
         config, total = self.config, self.experiment.total_steps
@@ -177,7 +216,7 @@ class _Run:
         step = self.start
         with batches, self.checkpoints, self.writer, self.progress:
             while step < total:
-                stop = stopped.is_set()
+                stop = stopped.is_set() if self.asks is None else self.asked
                 evaluate = step > self.start and _due(step, self.experiment.eval_every)
                 save = step > self.start and _due(step, self.experiment.checkpoint_every)
                 if evaluate or save or stop:
@@ -192,7 +231,8 @@ class _Run:
                         self._save(step, wait=True)
                     raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
                 self._profile(step)
-                self.state, out = self.step_fn(self.state, self._next(batches), self.key)
+                asks = () if self.asks is None else (self.asks[stopped.is_set()],)
+                self.state, out = self.step_fn(self.state, self._next(batches), self.key, *asks)
                 step += self.per_dispatch
                 if self.layer_metrics is not None and step % config.train.log_every_steps == 0:
                     out["layers"] = self.layer_metrics(self.state)
@@ -205,26 +245,27 @@ class _Run:
             if self.start < total:
                 self._save(total, wait=True)
             summary = self._summary()
-        workdir.finish(self.folder, summary)
+        processes.on_first(lambda: workdir.finish(self.folder, summary))
         return summary
 
     def _initial_state(self, resume: bool, loaded: dict[str, Any] | None) -> TrainState:
-        everywhere = sharding.replicated(self.mesh)
         if resume:
             abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
                 jax.eval_shape(self.experiment.initial_state),
+                self.shardings,
             )
             restored = self.checkpoints.restore_latest(abstract)
             if restored is not None:
                 data.check_fingerprint(restored.metadata["fingerprint"], self.fingerprint)
                 self.metadata = restored.metadata
                 return restored.state
-        return self._begun(jax.jit(self.experiment.initial_state, out_shardings=everywhere)(), loaded)
+        state = jax.jit(self.experiment.initial_state, out_shardings=self.shardings)()
+        return self._begun(state, loaded)
 
     def _begun(self, state: TrainState, loaded: dict[str, Any] | None) -> TrainState:
         """`state` with the parameters to start from, and quantizers that begin with these and the first batch."""
-        experiment, everywhere = self.experiment, sharding.replicated(self.mesh)
+        experiment, shardings = self.experiment, self.shardings
         begin = experiment.additions.begin
         if loaded is None and not experiment.learns and begin is None:
             return state
@@ -232,27 +273,35 @@ class _Run:
             params = loaded.pop("params")
             state = dataclasses.replace(state, params=params, collections={**state.collections, **loaded})
         if experiment.learns:
-            with experiment.train_batches() as batches:
-                inputs = experiment.task.inputs(sharding.shard_batch(next(batches), self.mesh))
-            dropout, quant = jax.random.split(self.key)
+            with self._first_batches() as batches:
+                inputs = experiment.task.inputs(next(batches))
+            dropout, quant = jax.random.split(jax.random.key(self.config.seed))
             variables = experiment.qmodel.calibrate(
-                state.variables,
+                self._at_hand(state.variables),
                 inputs,
                 bits=jax.tree.map(np.float32, experiment.precision_at(0)),
                 rngs={"dropout": dropout, "quant": quant},
                 train=True,
             )
-            state = dataclasses.replace(state, quant=jax.device_put(variables["quant"], everywhere))
+            state = dataclasses.replace(state, quant=jax.device_put(variables["quant"], shardings.quant))
         if begin is not None:
-            with experiment.train_batches() as batches:
-                sharded = (sharding.shard_batch(rows, self.mesh) for rows in batches)
-                state = dataclasses.replace(
-                    state, controller=jax.device_put(begin(state.variables, sharded), everywhere)
-                )
+            with self._first_batches() as batches:
+                controller = begin(self._at_hand(state.variables), batches)
+            state = dataclasses.replace(state, controller=jax.device_put(controller, shardings.controller))
         trained = {"params": state.params, "quant": state.quant}
-        return dataclasses.replace(
-            state, opt_state=jax.jit(experiment.optimizer.init, out_shardings=everywhere)(trained)
-        )
+        init = jax.jit(experiment.optimizer.init, out_shardings=shardings.opt_state)
+        return jax.device_put(dataclasses.replace(state, opt_state=init(trained)), shardings)
+
+    @contextmanager
+    def _first_batches(self) -> Iterator[Iterator[Any]]:
+        """The first batches for what is made once, outside the step: by each of several processes alone, all rows."""
+        alone = jax.process_count() > 1
+        with self.experiment.train_batches(*((0, 1) if alone else ())) as batches:
+            yield batches if alone else (sharding.shard_batch(rows, self.mesh) for rows in batches)
+
+    def _at_hand(self, variables: Any) -> Any:
+        """`variables` for the same: on the devices, or of several processes whole on each one's host."""
+        return sharding.to_host(variables) if jax.process_count() > 1 else variables
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]]) -> Any:
         if self.per_dispatch == 1:
@@ -268,6 +317,7 @@ class _Run:
         if pending is None:
             return
         step, out = pending
+        self.asked = bool(out.get("stop", False))
         losses, norms = (np.atleast_1d(np.asarray(out[name])) for name in ("loss", "grad_norm"))
         bits = np.asarray(out["bits"]).reshape(-1, 3)
         finite = np.isfinite(losses) & np.isfinite(norms)
@@ -284,7 +334,9 @@ class _Run:
         quality = {self._quality: self.evaluated.get(self._quality)}  # of the last evaluation
         self.progress.update(step, loss=losses[-1], bits=bits[-1].tolist(), **quality)
         if step % self.config.train.log_every_steps == 0:
-            averages, bitops = jax.tree.map(lambda x: x if x.ndim == 0 else x[-1], (out["metrics"], out["bitops"]))
+            # By way of the host, so that what is computed of them is each process's own affair.
+            values = jax.device_get((out["metrics"], out["bitops"]))
+            averages, bitops = jax.tree.map(lambda x: jnp.asarray(x if x.ndim == 0 else x[-1]), values)
             values = {name: float(value) for name, value in averages.compute().items()}
             if not self.experiment.additions.penalises:
                 del values["penalty"]

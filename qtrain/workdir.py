@@ -17,6 +17,8 @@ from qtrain.errors import UsageError
 
 CONFIG, SUMMARY, DONE = "config.json", "summary.json", "DONE"
 PACKAGES = ("qtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+LAYOUT = "mesh"
+"""The section of a config that says how arrays lie on devices, with which a run may be resumed otherwise."""
 _SHOWN_DIFFERENCES = 6
 _SHOWN_CHARACTERS = 60
 
@@ -78,7 +80,8 @@ def prepare(
 
     A new folder gets ``config.json``: the resolved config, `versions` (see `package_versions`), Python, and JAX's
     backend, device kind and device count. A folder that holds the same config is resumed, or done if the run ended;
-    other versions there are a warning on stderr, since they may cost bit-identity but not correctness.
+    other versions, devices or another section ``mesh`` there are a warning on stderr, since they may cost bit-identity
+    but not correctness.
 
     Args:
       workdir: the folder; it and its parents are created.
@@ -114,7 +117,7 @@ def prepare(
             return "new"
 
         stored = _read_run(folder)
-        if differences := list(_differences(stored["config"], mine)):
+        if differences := list(_differences(_without_layout(stored["config"]), _without_layout(mine))):
             shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
             more = len(differences) - _SHOWN_DIFFERENCES
             raise UsageError(
@@ -127,7 +130,8 @@ def prepare(
         with tempfile.TemporaryFile(dir=folder):  # access(2) is true for root on what it cannot write
             pass
     before = {key: value for key, value in stored.items() if key in environment}
-    if changes := list(_differences(before, environment)):
+    layouts = ({LAYOUT: config.get(LAYOUT, {})} for config in (stored["config"], mine))
+    if changes := [*_differences(before, environment), *_differences(*layouts)]:
         print(
             f"warning: {folder}: resumed in another environment (then != now): {'; '.join(changes)}; "
             "the result may differ in the last bits",
@@ -226,6 +230,10 @@ def _read_run(folder: Path) -> dict[str, Any]:
     if stored.get("program") != "qtrain" or not isinstance(stored.get("config"), dict):
         raise UsageError(f"workdir: {str(folder)!r} is not a qtrain run: its {CONFIG} was written by something else")
     return stored
+
+
+def _without_layout(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != LAYOUT}
 
 
 def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,3 +172,9 @@ def check_processes(batch_size: int, process_index: int, process_count: int) -> 
             f"data.batch_size is {batch_size}, which {process_count} processes cannot share equally; "
             f"choose a multiple of {process_count}"
         )
+
+
+def process_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """The rows of a global batch that a process makes: one of as many equal blocks as there are processes."""
+    size = batch_size // process_count
+    return np.arange(process_index * size, (process_index + 1) * size)

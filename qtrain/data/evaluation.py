@@ -9,7 +9,7 @@ import numpy as np
 
 from qtrain.data.augment import normalize
 from qtrain.data.boxes import BoxSource
-from qtrain.data.dataset import Dataset, Source, TokenSource, check_processes
+from qtrain.data.dataset import Dataset, Source, TokenSource, check_processes, process_rows
 from qtrain.data.graphs import GraphSplit
 from qtrain.data.pipeline import box_batch, read_ahead
 from qtrain.errors import UsageError, did_you_mean
@@ -31,7 +31,7 @@ def eval_batches(
     Args:
       dataset: as `qtrain.data.load` returns it.
       split: a key of `dataset.eval`.
-      batch_size: global; process p of P gets rows p, p + P, … of each batch. It may exceed the split.
+      batch_size: global; process p of P gets the p-th of P equal blocks of each batch. It may exceed the split.
       process_index: p.
       process_count: P.
 
@@ -79,7 +79,7 @@ class _EvalBatches:
         self._dataset = dataset
         self._source = source
         self._batch_size = batch_size
-        self._rows = np.arange(process_index, batch_size, process_count)
+        self._rows = process_rows(batch_size, process_index, process_count)
 
     def __len__(self) -> int:
         return -(-len(self._source) // self._batch_size)

@@ -1,9 +1,11 @@
 """The training stream: batch k is a function of (data, seed, k), whoever asks for it and whenever.
 
-The stream is `shuffle → repeat → augment → [p::P] → batch`: each epoch is a new permutation of the training examples,
-epochs follow one another without a gap, and process p of P makes rows p, p + P, … of the global batch. An example's
-order and its augmentation depend on the seed and on its position in the global stream alone; so neither the number of
-processes nor of threads, nor prefetching, nor decoding early or late changes what is trained on.
+The stream is `shuffle → repeat → augment → batch → [pB/P : (p+1)B/P]`: each epoch is a new permutation of the training
+examples, epochs follow one another without a gap, and process p of P makes the p-th of P equal blocks of rows of the
+global batch. An example's order and its augmentation depend on the seed and on its position in the global stream alone;
+so neither the number of processes nor of threads, nor prefetching, nor decoding early or late changes what is trained
+on. Blocks, since a row's place in the batch decides its dropout and its stochastic rounding: the devices of process p
+hold just these rows.
 
 These steps are fused in one random-access source of whole batches, which grain reads ahead in background threads:
 grain's own chain spends 10 µs of Python on every example (1.0–1.3 ms a batch of 64 or 128; a small network's step takes
@@ -21,7 +23,7 @@ import numpy as np
 
 from qtrain.data.augment import augment, flips, normalize
 from qtrain.data.boxes import BoxSource, Scenes, mirrored
-from qtrain.data.dataset import Dataset, ImageSource, TokenSource, WindowedSource, check_batch_size
+from qtrain.data.dataset import Dataset, ImageSource, TokenSource, WindowedSource, check_batch_size, process_rows
 from qtrain.data.graphs import GraphSplit
 from qtrain.data.randomness import epoch_order, epoch_phase, example_draws
 from qtrain.data.resize import random_crops
@@ -35,7 +37,7 @@ class _TrainBatches:
         self._dataset = dataset
         self._batch_size = batch_size
         self._seed = seed
-        self._rows = np.arange(process_index, batch_size, process_count)
+        self._rows = process_rows(batch_size, process_index, process_count)
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch_size
@@ -105,7 +107,7 @@ def train_batches(
       dataset: as `qtrain.data.load` returns it; its augmentation and windows are part of the stream.
       batch_size: global, the sum over all processes.
       seed: order, augmentation and the phase of text windows, 0 … 2³² − 1.
-      process_index: p; this process makes rows p, p + P, … of the global batch.
+      process_index: p; this process makes rows p·B/P … (p + 1)·B/P − 1 of the global batch.
       process_count: P.
 
     Returns:

@@ -83,8 +83,8 @@ def search_run(
     widths = check_widths(_candidates(experiment, widths), searched)
     _check_promise(experiment, widths)
 
-    example = experiment.inputs()
-    if experiment.dataset.kind != "graph":  # which is one example
+    example, graph = experiment.inputs(), experiment.dataset.kind == "graph"
+    if not graph:  # which is one example
         example = jax.ShapeDtypeStruct((1, *example.shape[1:]), example.dtype)
     plan = experiment.qmodel.plan(example, train=False)
     scheduled, acts = experiment.q_max, experiment.schedule.acts == experiment.schedule.weights
@@ -92,7 +92,7 @@ def search_run(
     # Before anything is compiled: whether the budget can be met does not depend on the errors.
     solve(Problem(tuple(searched), widths, np.zeros((len(searched), len(widths))), costs), unit, budget)
 
-    mesh = sharding.make_mesh()
+    mesh = sharding.mesh_for(None if graph else experiment.config.data.batch_size)
     _, variables, step = restored(workdir, experiment)
     variables = jax.device_put(variables, sharding.replicated(mesh))
     leaves = [weight for group in searched.values() for weight in group]
