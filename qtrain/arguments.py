@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         except SystemExit:  # after --help
             return None
         if unknown:
-            known = [f"--{name.replace('_', '-')}" for name in vars(found)] + ["--help"]
+            known = [option for action in self._actions for option in action.option_strings if option[:2] == "--"]
             near = did_you_mean(unknown[0].split("=")[0], known)
             raise UsageError(f"{self.prog}: {unknown[0]}: no such flag; there are {', '.join(known)}.{near}")
         return found

@@ -18,6 +18,7 @@ usage: qtrain COMMAND [flags]
   plan       what a config quantizes, how, and at what cost; trains nothing
   search     a width for each layer of a run, under a budget: qtrain search --workdir runs/digits --budget bits=3
   export     a run's weights as packed integers in one file: qtrain export --workdir runs/digits --out model.safetensors
+  report     a page on runs and sweeps, from their metrics files: qtrain report runs/suite --out report
   schedules  the ten cyclic precision schedules as a table and a picture
   bench      what quantized train steps cost: float32, bfloat16, qtrain, AQT and Qwix, measured in turn
 
@@ -58,6 +59,12 @@ def _search(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _report(arguments: list[str]) -> int:
+    from qtrain.report.command import run
+
+    return run(arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     from qtrain.bench.command import run
 
@@ -69,6 +76,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "search": _search,
     "export": _export,
+    "report": _report,
     "schedules": _schedules,
     "bench": _bench,
 }

@@ -240,7 +240,7 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(dict(config)))
     except (TypeError, ValueError):
-        for key, value in _leaves(config):
+        for key, value in leaves(config):
             try:
                 json.dumps(value)
             except (TypeError, ValueError):
@@ -251,7 +251,7 @@ def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf; a list of plain values is one leaf, a list of dicts (rules) is descended."""
     items: Iterator[tuple[Any, Any]] | None = None
     if isinstance(value, Mapping) and value:
@@ -262,12 +262,12 @@ def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
         return
     for key, item in items:
-        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+        yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _differences(theirs: Mapping[str, Any], yours: Mapping[str, Any]) -> Iterator[str]:
     """``key: theirs != yours`` for every leaf that differs, in the order of the newer config."""
-    left, right = dict(_leaves(theirs)), dict(_leaves(yours))
+    left, right = dict(leaves(theirs)), dict(leaves(yours))
     for key in [*right, *(key for key in left if key not in right)]:
         # Compared as text: NaN equals itself, and 1 differs from True. 8 and 8.0 are the same number of bits.
         pair = [left.get(key, ...), right.get(key, ...)]

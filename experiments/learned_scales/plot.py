@@ -10,13 +10,14 @@ model over bytes of codes, tables, scales and what is left in float; the column 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from qtrain.statistics import bootstrap_interval
 
 HERE = Path(__file__).parent
 STYLES = {
@@ -27,13 +28,6 @@ STYLES = {
     "uniform": ("#9a9a9a", "v", "uniform per channel, 2/3/4/8 bits"),
     "learned_width": ("#c76b12", "P", "learned width, 2/3/4 bits on average"),
 }
-
-
-def interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
-    values = np.asarray(list(values), float)
-    drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-    return float(values.mean()), float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))
 
 
 def kind(row: dict[str, Any]) -> str:
@@ -68,7 +62,7 @@ def pareto(rows: list[dict[str, Any]], path: Path) -> None:
         floats, front = floats_of(rows, network), []
         for arm in arms_of([row for row in rows if row["network"] == network and row["method"] != "float"]):
             colour, marker, label = STYLES[kind(arm[0])]
-            mean, low, high = interval(lost(arm, floats))
+            mean, low, high, _ = bootstrap_interval(lost(arm, floats))
             ratio = float(np.mean([row["compression_model"] for row in arm]))
             axes.errorbar(
                 ratio,
@@ -137,9 +131,9 @@ def applicable_range(rows: list[dict[str, Any]], path: Path) -> None:
         floats = floats_of(rows, found[0]["network"])
         across = [arm[0]["threshold"] for arm in arms]
         for axes, of in ((upper, lambda arm: [row["compression_model"] for row in arm]), (lower, None)):
-            means = [interval(of(arm) if of else lost(arm, floats)) for arm in arms]
-            centre = np.array([mean for mean, _, _ in means])
-            ends = np.array([[mean - low, high - mean] for mean, low, high in means]).T
+            means = [bootstrap_interval(of(arm) if of else lost(arm, floats)) for arm in arms]
+            centre = np.array([mean for mean, *_ in means])
+            ends = np.array([[mean - low, high - mean] for mean, low, high, _ in means]).T
             axes.errorbar(across, centre, yerr=ends, fmt="o-", color=colour, ms=4, lw=1.2, label=label)
     upper.set_xscale("log")
     upper.set_ylabel("times smaller")
@@ -165,7 +159,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         floats = floats_of(rows, network)
         for arm in arms_of([row for row in rows if (row["group"], row["network"]) == (group, network)]):
             accuracy = 100 * np.mean([row["test_accuracy"] for row in arm])
-            mean, low, high = interval(lost(arm, floats))
+            mean, low, high, _ = bootstrap_interval(lost(arm, floats))
             ends = f" [{low:.2f}, {high:.2f}]" if len(arm) > 1 else ""
             cells = [arm[0]["name"], f"{len(arm)}", f"{accuracy:.2f}", f"{mean:.2f}{ends}"]
             for name, form in (

@@ -18,6 +18,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qtrain.statistics import bootstrap_interval
+
 HERE = Path(__file__).parent
 WIDTHS = ("8", "6", "4", "3", "2")
 ARMS = {
@@ -28,13 +30,6 @@ ARMS = {
     "distilled": ("#8e44ad", "D", "joint, distilled"),
     "apart": ("#111111", "_", "apart, a network each"),
 }
-
-
-def interval(values: Iterable[float]) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval."""
-    values = np.asarray(list(values), float)
-    drawn = np.random.default_rng(0).choice(values, (2000, len(values))).mean(1)
-    return float(values.mean()), float(np.percentile(drawn, 2.5)), float(np.percentile(drawn, 97.5))
 
 
 def at(rows: list[dict[str, Any]], task: str, name: str) -> dict[str, dict[int, float]]:
@@ -59,12 +54,12 @@ def widths(rows: list[dict[str, Any]], path: Path) -> None:
             colour, marker, label = ARMS[name]
             found = at(rows, task, name)
             places = [position for position, width in enumerate(WIDTHS) if width in found]
-            stats = [interval(found[WIDTHS[position]].values()) for position in places]
+            stats = [bootstrap_interval(found[WIDTHS[position]].values()) for position in places]
             offset = 0.1 * (index - (len(shown) - 1) / 2)
             axes.errorbar(
                 [position + offset for position in places],
-                [mean for mean, _, _ in stats],
-                yerr=np.array([[mean - low, high - mean] for mean, low, high in stats]).T,
+                [mean for mean, *_ in stats],
+                yerr=np.array([[mean - low, high - mean] for mean, low, high, _ in stats]).T,
                 fmt=marker,
                 color=colour,
                 ms=9 if marker == "_" else 5,
@@ -104,11 +99,11 @@ def search(rows: list[dict[str, Any]], path: Path) -> None:
             (mixed, "*-", "searched"),
         ):
             ordered = [points[key] for key in sorted(points)]
-            stats = [interval(value for _, value in each) for each in ordered]
+            stats = [bootstrap_interval(value for _, value in each) for each in ordered]
             axes.errorbar(
                 [np.mean([bits for bits, _ in each]) for each in ordered],
-                [mean for mean, _, _ in stats],
-                yerr=np.array([[mean - low, high - mean] for mean, low, high in stats]).T,
+                [mean for mean, *_ in stats],
+                yerr=np.array([[mean - low, high - mean] for mean, low, high, _ in stats]).T,
                 fmt=form,
                 color=colour,
                 mfc="none" if what == "uniform" else colour,
@@ -161,7 +156,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 def _cell(values: Iterable[float]) -> str:
     values = list(values)
-    mean, low, high = interval(values)
+    mean, low, high, _ = bootstrap_interval(values)
     return f"{mean:.2f}" + (f" [{low:.2f}, {high:.2f}]" if len(values) > 1 else "")
 
 

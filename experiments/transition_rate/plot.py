@@ -16,10 +16,13 @@ from arms import PAIRS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from qtrain.statistics import bootstrap_interval
+
 HERE = Path(__file__).parent
 NAMES = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW", "sgdt": "SGDT", "adamt": "AdamT", "adamwt": "AdamWT"}
 PLAIN, RATED = "#6b6b6b", "#1f5fa8"
 RULES = {"multiplicative": "#c76b12", "proportional": "#3d8b37"}
+DRAWS = 20_000  # of the bootstrap
 WINDOW, EVERY = 50, 100  # steps between the points of a curve, and of accuracy
 Rows = list[dict[str, Any]]
 
@@ -29,13 +32,6 @@ def accuracies(rows: Rows, group: str, name: str, key: str = "test_accuracy") ->
     return {row["seed"]: 100 * row[key] for row in rows if (row["group"], row["name"]) == (group, name)}
 
 
-def interval(values: Sequence[float], draws: int = 20_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over seeds."""
-    sample = np.random.default_rng(0).choice(np.asarray(values), (draws, len(values)))
-    low, high = np.percentile(sample.mean(1), [2.5, 97.5])
-    return float(low), float(high)
-
-
 def differences(one: dict[int, float], other: dict[int, float]) -> list[float]:
     """`one` − `other`, seed by seed."""
     return [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
@@ -43,7 +39,7 @@ def differences(one: dict[int, float], other: dict[int, float]) -> list[float]:
 
 def signed(values: Sequence[float]) -> str:
     """Mean and interval of differences."""
-    low, high = interval(values)
+    _, low, high, _ = bootstrap_interval(values, draws=DRAWS)
     return f"{np.mean(values):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
@@ -158,7 +154,7 @@ def draw_sweep(rows: Rows, path: Path) -> None:
         factors = sorted({row["factor"] for row in swept if row["optimizer"] == PAIRS[plain]})
         found = [accuracies(rows, "sweep", f"{PAIRS[plain]} λ={factor:g}") for factor in factors]
         means = np.array([np.mean(list(each.values())) for each in found])
-        ends = np.array([interval(list(each.values())) for each in found]).T
+        ends = np.array([bootstrap_interval(each.values(), draws=DRAWS)[1:3] for each in found]).T
         for factor, each in zip(factors, found, strict=True):
             axes.plot([factor] * len(each), list(each.values()), ".", color=RATED, alpha=0.35, markersize=5)
         axes.errorbar(
@@ -168,7 +164,7 @@ def draw_sweep(rows: Rows, path: Path) -> None:
         same = [base[seed] for seed in found[0] if seed in base]
         if same:
             axes.axhline(np.mean(same), color=PLAIN, linestyle="--", label=f"{NAMES[plain]}, plain")
-            axes.axhspan(*interval(same), color=PLAIN, alpha=0.15, linewidth=0)
+            axes.axhspan(*bootstrap_interval(same, draws=DRAWS)[1:3], color=PLAIN, alpha=0.15, linewidth=0)
         axes.set_xscale("log")
         axes.set_xlabel("λ, where R₀ = λ·√2 (share of codes per update)")
         axes.grid(alpha=0.3)

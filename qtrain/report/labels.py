@@ -1,0 +1,141 @@
+"""What a point of a sweep is called: by the config keys that differ, and its schedules by their usual names."""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+KINDS = ("weights", "acts", "grads")
+PROFILES = {"cosine": "C", "linear": "L", "exponential": "E", "rex": "R"}
+"""The letters of `qtrain.schedules.cycles.SUITE`, which imports JAX."""
+_SUITE = ("CR", "CT", "LR", "LT", "ER", "ETV", "ETH", "RR", "RTV", "RTH")
+_AMBIGUOUS = ("weights", "acts", "grads", "bias", "rate", "schedule", "target", "seed", "factor", "momentum")
+_FLOAT_BITS = 24
+
+
+def canonical(value: Any) -> str:
+    """A value as text that is equal for equal values: 8 and 8.0 are the same number."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def shown(value: Any) -> str:
+    """A value for people."""
+    if value is None:
+        return "unset"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(shown, value))})"
+    return str(value)
+
+
+def is_static(config: Mapping[str, Any]) -> bool:
+    """Whether weights and activations have the same bits at all steps."""
+    return all(_section(config, kind).get("name") in ("constant", "float") for kind in KINDS[:2])
+
+
+def describe_schedules(config: Mapping[str, Any], *, grads: bool = True) -> str:
+    """The schedules of a config in a few words.
+
+    >>> describe_schedules({"schedule.name": "CR", "schedule.low": 3, "schedule.high": 8}, grads=False)
+    'CR 3–8'
+    """
+    weights, acts, cotangents = (_describe(_section(config, kind)) for kind in KINDS)
+    text = weights if weights == acts else f"w {weights}, a {acts}"
+    return f"{text}, g {cotangents}" if grads and cotangents != weights else text
+
+
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest names of `keys` that tell them apart and say enough.
+
+    >>> short_keys(["model.width", "optimizer.quant.learning_rate", "quant.weights"])
+    {'model.width': 'width', 'optimizer.quant.learning_rate': 'learning_rate', 'quant.weights': 'quant.weights'}
+    """
+    last = [key.rsplit(".", 1)[-1] for key in keys]
+    return {
+        key: key if leaf in _AMBIGUOUS or leaf.isdigit() or last.count(leaf) > 1 else leaf
+        for key, leaf in zip(keys, last, strict=True)
+    }
+
+
+def label_points(configs: Sequence[Mapping[str, Any]], keys: Sequence[str], *, schedules: bool = True) -> list[str]:
+    """A label for each of `configs`, which differ in `keys`: different labels for different points.
+
+    Keys of schedules are told by `describe_schedules`, and one by one only where that is not enough; all of them one by
+    one with ``schedules=False``, for configs that are not whole.
+    """
+    of_schedule = [key for key in keys if key.startswith("schedule.") and schedules]
+    others = [key for key in keys if key not in of_schedule]
+    names = short_keys(others)
+    grads = len({_describe(_section(config, "grads")) for config in configs}) > 1
+    labels = []
+    for config in configs:
+        parts = [describe_schedules(config, grads=grads)] if schedules and (of_schedule or not keys) else []
+        labels.append(", ".join([*parts, *(_part(names[key], config.get(key)) for key in others)]))
+    twice = [label for label, count in collections.Counter(labels).items() if count > 1]
+    full = {key: key.removeprefix("schedule.") for key in of_schedule}
+    for label in twice:
+        same = [index for index, each in enumerate(labels) if each == label]
+        apart = [key for key in of_schedule if len({canonical(configs[index].get(key)) for index in same}) > 1]
+        for index in same:
+            labels[index] = ", ".join([label, *(_part(full[key], configs[index].get(key)) for key in apart)])
+    return labels
+
+
+def _part(name: str, value: Any) -> str:
+    return shown(value) if name == "name" or name.endswith(".name") else f"{name}={shown(value)}"
+
+
+def _section(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The keys of a kind's schedule that are set: its own over the shared ones."""
+    found = {}
+    for prefix in ("schedule.", f"schedule.{kind}."):
+        for key, value in config.items():
+            if key.startswith(prefix) and value is not None and "." not in key[len(prefix) :]:
+                found[key[len(prefix) :]] = value
+    return found
+
+
+def _describe(keys: Mapping[str, Any]) -> str:
+    name, low, high = (keys.get(key) for key in ("name", "low", "high"))
+    if name == "constant":
+        return _bits(keys.get("bits", high))
+    if name == "float":
+        return "float"
+    if name in _SUITE:
+        return f"{name} {low}–{high}"
+    if name == "cyclic":
+        return f"{_letters(keys)} {low}–{high}"
+    if name == "linear":
+        return f"linear {shown(keys.get('start_bits', high))}→{shown(keys.get('end_bits', low))}"
+    if name == "window":
+        inside, outside = keys.get("inside", low), keys.get("outside", high)
+        return f"{_bits(inside)} at {_time(keys, 'start')} for {_time(keys, 'length')}, else {_bits(outside)}"
+    if name == "delayed":
+        return f"float until {_time(keys, 'start')}, then {_bits(keys.get('bits', high))}"
+    values = keys.get("values")
+    return f"{name} {shown(values)}" if values is not None else str(name)
+
+
+def _letters(keys: Mapping[str, Any]) -> str:
+    profile = keys.get("profile", "")
+    letter = PROFILES.get(profile, shown(profile))
+    if keys.get("pattern", "repeated") == "repeated":
+        return letter + "R"
+    mirrored = profile in ("exponential", "rex")
+    return letter + "T" + (keys.get("reflection", "vertical")[0].upper() if mirrored else "")
+
+
+def _bits(value: Any) -> str:
+    if isinstance(value, int | float):
+        return "float" if value >= _FLOAT_BITS else f"{value:g} bits"
+    return shown(value)
+
+
+def _time(keys: Mapping[str, Any], name: str) -> str:
+    percent = keys.get(f"{name}_percent")
+    return f"{percent:g} %" if percent is not None else f"step {keys.get(f'{name}_steps', 0):g}"
