@@ -11,7 +11,6 @@ from qtrain.config import base_config, finish
 
 def get_config(argument: str = ""):
     config = base_config("text_lstm")
-    config.quant.recipe = "cpt"
     config.schedule.update(name="cyclic", profile="cosine", low=3, high=8, cycles=8, pattern="repeated")
     config.schedule.grads.update(name="constant", bits=8)
     return finish(config, argument)

@@ -31,6 +31,9 @@ def _state_space(learning_rate: float) -> tuple[dict[str, Any], ...]:
     return ({"path": f".*/ssm/({names})", "learning_rate": learning_rate, "weight_decay": 0.0},)
 
 
+# The poles of the recurrence: below 8 bits a rounded one may be unstable, so they do not follow the schedule.
+_STATE_MATRIX = ({"path": ".*/ssm/A/.*", "ops": ("param",), "weights": 16, "weight_quantizer": "affine/tensor"},)
+
 TASKS: dict[str, dict[str, Any]] = {
     "digits_mlp": {
         "data": {"name": "digits", "batch_size": 64},
@@ -123,6 +126,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "bidirectional": True,
             "dropout": 0.1,
         },
+        "quant": {"rules": _STATE_MATRIX},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 4e-3,
@@ -135,6 +139,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "sequential_mnist_s5": {
         "data": {"name": "sequential_mnist", "batch_size": 50},
         "model": {"name": "s5", "num_layers": 4, "width": 96, "state_size": 128, "dropout": 0.1},
+        "quant": {"rules": _STATE_MATRIX},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 8e-3,
@@ -155,6 +160,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "bidirectional": True,
             "dropout": 0.1,
         },
+        "quant": {"rules": _STATE_MATRIX},
         "optimizer": {
             "name": "adamw",
             "learning_rate": 4.5e-3,
@@ -275,6 +281,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "python_reference_lstm": {
         "data": {"name": "python_reference", "batch_size": 16, "length": 128},
         "model": {"name": "lstm", "num_layers": 1, "width": 256},
+        "quant": {"ops": ("weighted", "embed")},  # so that the embedding is the first layer, not the only cell
         "optimizer": {
             "name": "adam",
             "learning_rate": 4e-3,
@@ -287,6 +294,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "text_lstm": {
         "data": {"name": "text", "batch_size": 20, "length": 35},
         "model": {"name": "lstm", "num_layers": 1, "width": 800, "dropout": 0.5},
+        "quant": {"ops": ("weighted", "embed")},  # so that the embedding is the first layer, not the only cell
         "optimizer": {"name": "adam", "learning_rate": 1e-3, "clip_norm": 1.0, "schedule": "cosine"},
         "train": {"epochs": 40.0},
     },

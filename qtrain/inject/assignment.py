@@ -80,7 +80,15 @@ def assign(
 
 
 def _positions(rule: Rule, order: Mapping[str, str], quantizable: Mapping[str, str]) -> set[str]:
-    """The first, last or both of the layers of a pass that have an operation of the rule's."""
+    """The first, last or both of the layers of a pass that have an operation of the rule's; a cell is one layer."""
     ops = {**order, **quantizable}
     fitting = [path for path in order if ops[path] in rule.ops]
-    return {*(fitting[:1] if rule.position != "last" else ()), *(fitting[-1:] if rule.position != "first" else ())}
+
+    def layer(path: str) -> set[str]:
+        if ops[path] != "recurrent":
+            return {path}
+        cell = path.rpartition("/")[0]
+        return {gate for gate in fitting if ops[gate] == "recurrent" and gate.rpartition("/")[0] == cell}
+
+    ends = [*(fitting[:1] if rule.position != "last" else ()), *(fitting[-1:] if rule.position != "first" else ())]
+    return {gate for end in ends for gate in layer(end)}
