@@ -170,10 +170,11 @@ TASKS: dict[str, dict[str, Any]] = {
         },
         "train": {"epochs": 250.0},
     },
-    "cylinder_bell_funnel_lstm": {
+    "cylinder_bell_funnel_s5": {
         "data": {"name": "cylinder_bell_funnel", "batch_size": 64},
-        "model": {"name": "lstm", "num_layers": 1, "width": 32},
-        "optimizer": {"name": "adam", "learning_rate": 5e-3, "clip_norm": 1.0, "schedule": "cosine"},
+        "model": {"name": "s5", "num_layers": 2, "width": 16, "state_size": 16},
+        "quant": {"rules": _STATE_MATRIX},
+        "optimizer": {"name": "adamw", "learning_rate": 4e-3, "weight_decay": 0.05, "groups": _state_space(1e-3)},
         "train": {"steps": 500},
     },
     "digit_scenes_detect": {
@@ -188,7 +189,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "octaves": 2,
         },
         "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine", "warmup_percent": 5.0},
-        "train": {"steps": 1500},
+        "train": {"steps": 1000},
         "eval": {"batch_size": 64},
     },
     "voc_detect": {

@@ -30,6 +30,7 @@ STAND_INS = {
     "mnist": {"name": "synthetic", "image_shape": (28, 28, 1), "num_classes": 10},
     "cifar10": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 10},
     "cifar100": {"name": "synthetic", "image_shape": (32, 32, 3), "num_classes": 100},
+    "voc": {"name": "synthetic_boxes", "num_classes": 20, "num_train": 16, "num_test": 2},
     "imagenette": {"name": "synthetic", "num_classes": 10, "central_crop": 1.0, "num_train": 256, "num_test": 8},
     "tfds:imagenet2012": {"name": "synthetic", "central_crop": 1.0, "num_train": 1024, "num_test": 8},
     "tiny_shakespeare": {"name": "synthetic_text"},
@@ -108,12 +109,14 @@ SLOW = (
     "cifar10_resnet20_trs",
     "cifar10_resnet20_multi_precision",
     "digits_cnn_adaptive",
+    "digit_scenes_detect_cpt",  # tests/test_detector.py trains it
     "digits_cnn_deficit",
     "digits_resnet_multi_precision",
     "imagenet_resnet18_multi_precision",
     "imagenet_resnet18_trs",
     "imagenet_resnet50_multi_precision",
     "mnist_cnn_multi_precision",
+    "voc_detect_cpt",
 )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,12 @@ def main() -> None:
             if (arm, seed) in done:
                 continue
             folder = arguments.workdir / f"{arm.replace(' ', '_')}_{seed}"
+            started = time.process_time()
             summary = train(config_of(arm, seed), str(folder))
+            seconds = round(time.process_time() - started, 1)
             rate = read_metrics(folder, "train")[-1]["steps_per_second"]
             row = {"arm": arm, "seed": seed, **{name: summary[name] for name in KEPT}}
-            row |= {"steps_per_second": rate, "hardware": HARDWARE, "date": DATE}
+            row |= {"cpu_seconds": seconds, "steps_per_second": rate, "hardware": HARDWARE, "date": DATE}
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
 

@@ -52,7 +52,12 @@ class PreparedSet:
             if not path.exists():
                 raise UsageError(f"data.dir: {path} is missing; {_prepare_again(self.name, self._path)}")
         # Every feature stays as stored: images are decoded by us, alike with and without OpenCV; the rest not at all.
-        decoders = dict.fromkeys(self.features, self._skip_decoding) if hasattr(self.features, "keys") else None
+        # But for sequences, which cannot be left alone, and are arrays of numbers as they are.
+        decoders = None
+        if hasattr(self.features, "items"):
+            decoders = {
+                key: self._skip_decoding for key, feature in self.features.items() if not hasattr(feature, "feature")
+            }
         try:
             records = self._builder.as_data_source(split, decoders=decoders)
             records[0], records[len(records) - 1]
