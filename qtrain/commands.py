@@ -12,11 +12,20 @@ from qtrain.errors import UsageError
 
 
 def train(arguments: list[str]) -> int:
-    """``qtrain train --config FILE --workdir FOLDER [--profile] [--quiet] [--config.KEY=VALUE ...]``."""
+    """``qtrain train --config FILE --workdir FOLDER [--profile] [--quiet] [--config.KEY=VALUE ...]``.
+
+    With ``--coordinator HOST:PORT --processes N --process I``, or ``--distributed``, as one of several processes.
+    """
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run; an unfinished run there is resumed.", flag_values=values)
     flags.DEFINE_bool("profile", False, "Write a profiler trace of ten steps to WORKDIR/profile.", flag_values=values)
     flags.DEFINE_bool("quiet", False, "No plan and no progress, only the summary.", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed", False, "One of several processes, as Slurm or a TPU pod has it.", flag_values=values
+    )
+    flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 of several listens.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "How many processes train together.", flag_values=values)
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", flag_values=values)
     if _helped("train", values, arguments):
         return 0
     config = overrides.parse("train", values, arguments)
@@ -25,12 +34,15 @@ def train(arguments: list[str]) -> int:
     if os.path.exists(values.workdir) and not os.path.isdir(values.workdir):
         raise UsageError(f"--workdir {values.workdir!r} is a file; give a folder")
 
-    from qtrain import main
+    from qtrain import main, processes
     from qtrain.train import Diverged, Preempted, print_summary
     from qtrain.train import train as run
 
+    processes.initialize(values.coordinator, values.processes, values.process, detect=values.distributed)
     try:
-        print_summary(run(config, values.workdir, quiet=values.quiet, profile=values.profile))
+        summary = run(config, values.workdir, quiet=values.quiet, profile=values.profile)
+        if processes.first():
+            print_summary(summary)
     except Diverged as error:
         print(f"qtrain: {error}", file=sys.stderr)
         return main.DIVERGED

@@ -29,18 +29,22 @@ class Evaluator:
     def __init__(self, experiment: Experiment, mesh: Mesh):
         self._experiment, self._mesh = experiment, mesh
         self._batch_size = -(-experiment.config.eval.batch_size // mesh.size) * mesh.size
-        step, everywhere = make_eval_step(experiment.qmodel, experiment.task), sharding.replicated(mesh)
+        everywhere, whole = sharding.replicated(mesh), sharding.gather(mesh, experiment.config.mesh.fsdp_min_size)
+        evaluate = make_eval_step(experiment.qmodel, experiment.task)
+
+        def step(variables: Mapping[str, Any], batch: Any, bits: Any) -> dict[str, jax.Array]:
+            return evaluate(whole(variables), batch, bits)
+
         self._step = jax.jit(step, out_shardings=everywhere)
         # A backend whose bits are frozen at compile time closes over them.
-        self._fixed = jax.jit(
-            lambda variables, batch: step(variables, batch, experiment.fixed), out_shardings=everywhere
-        )
+        fixed = experiment.fixed
+        self._fixed = jax.jit(lambda variables, batch: step(variables, batch, fixed), out_shardings=everywhere)
         self._reestimated = experiment.config.eval.reestimate_batches
-        reestimate_step = make_reestimate_step(experiment.qmodel, experiment.task)
-        if experiment.fixed is not None:
+        measure = make_reestimate_step(experiment.qmodel, experiment.task)
 
-            def reestimate_step(*arguments: Any, _step: Any = reestimate_step) -> Any:
-                return _step(*arguments[:-1], None if arguments[-1] is None else experiment.fixed)
+        def reestimate_step(average: Any, index: Any, variables: Any, batch: Any, bits: Any) -> dict[str, Any]:
+            bits = bits if bits is None or fixed is None else fixed
+            return measure(average, index, whole(variables), batch, bits)
 
         self._reestimate = jax.jit(reestimate_step, out_shardings=everywhere)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -102,6 +102,26 @@ def placed(mesh: Mesh, shape: tuple[int, ...], min_size: int) -> NamedSharding:
 def placed_tree(mesh: Mesh, tree: Any, min_size: int) -> Any:
     """`placed` for every array, concrete or abstract, of a tree."""
     return jax.tree.map(lambda leaf: placed(mesh, leaf.shape, min_size), tree)
+
+
+def gather(mesh: Mesh, min_size: int) -> Callable[[Any], Any]:
+    """What a model is applied to: a function of a tree whose arrays are `placed`, that makes them whole everywhere.
+
+    Its gradient is placed again: summed over the batch into the part that a device keeps. Without it XLA is free to
+    gather the batch instead, and to split layers: less traffic for small batches, and far more for a convolution's.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return lambda tree: tree
+
+    @jax.custom_vjp
+    def gathered(tree: Any) -> Any:
+        return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+    def backward(_: None, cotangents: Any) -> tuple[Any]:
+        return (jax.lax.with_sharding_constraint(cotangents, placed_tree(mesh, cotangents, min_size)),)
+
+    gathered.defvjp(lambda tree: (gathered(tree), None), backward)
+    return gathered
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, key: str) -> None:

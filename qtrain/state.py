@@ -101,7 +101,7 @@ def make_train_step(
     log_every: int,
     additions: Additions = NOTHING,
     task: Task = IMAGES,
-    place: Callable[[Any], Any] = lambda gradients: gradients,
+    gather: Callable[[Any], Any] = lambda trained: trained,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
     """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", …})``; pure.
 
@@ -115,7 +115,7 @@ def make_train_step(
       log_every: the averages start anew after every so many steps.
       additions: what the method adds.
       task: what is learned.
-      place: says where the gradients lie, as ``{"params": …, "quant": …}``; by default XLA chooses.
+      gather: makes of ``{"params": …, "quant": …}`` what the model is applied to: `qtrain.sharding.gather`.
     """
     Averages = train_metrics(task.measured)
     transform = optax.with_extra_args_support(optimizer)
@@ -132,7 +132,7 @@ def make_train_step(
 
         def loss_fn(trained: dict[str, Any]) -> tuple[Array, tuple[Any, ...]]:
             outputs, updated = qmodel.apply(
-                {**trained, **state.collections},
+                {**gather(trained), **state.collections},
                 task.inputs(batch),
                 train=True,
                 bits=assigned,
@@ -150,7 +150,6 @@ def make_train_step(
             return loss + added, (loss, added, controller, outputs, updated)
 
         (_, (loss, added, controller, outputs, updated)), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
-        grads = place(grads)
         extra = {"quant": trained["quant"], **additions.update_arguments(precision, assigned, trained)}
         priced = additions.priced(trained["params"], trained["quant"], assigned)
         updates, opt_state = transform.update(grads, state.opt_state, trained, **extra)

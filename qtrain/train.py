@@ -150,7 +150,8 @@ class _Run:
         self.profile = profile and processes.first()
         self.evaluator = Evaluator(experiment, mesh)
         self._quality = f"test_{experiment.task.metric}"
-        self.shardings = self._placed(jax.eval_shape(experiment.initial_state))
+        abstract = jax.eval_shape(experiment.initial_state)
+        self.shardings = sharding.placed_tree(mesh, abstract, config.mesh.fsdp_min_size)
         self.step_fn = self._step_fn()
         everywhere = sharding.replicated(mesh)
         measure = make_layer_metrics(experiment)
@@ -186,7 +187,7 @@ class _Run:
             config.train.log_every_steps,
             experiment.additions,
             experiment.task,
-            lambda gradients: jax.lax.with_sharding_constraint(gradients, self._placed(gradients)),
+            sharding.gather(mesh, config.mesh.fsdp_min_size),
         )
         if self.per_dispatch > 1:
             step = several_steps(step)
@@ -204,10 +205,6 @@ class _Run:
             in_shardings=(self.shardings, batch, everywhere, *[sharding.split(mesh)] * several),
             out_shardings=(self.shardings, everywhere),
         )
-
-    def _placed(self, tree: Any) -> Any:
-        """Where each array of a tree of parameters, or of what belongs to them, lies."""
-        return sharding.placed_tree(self.mesh, tree, self.config.mesh.fsdp_min_size)
 
     def __call__(self, stopped: threading.Event) -> dict[str, Any]:
         config, total = self.config, self.experiment.total_steps
@@ -231,8 +228,9 @@ class _Run:
                         self._save(step, wait=True)
                     raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
                 self._profile(step)
+                batch = self._next(batches)
                 asks = () if self.asks is None else (self.asks[stopped.is_set()],)
-                self.state, out = self.step_fn(self.state, self._next(batches), self.key, *asks)
+                self.state, out = self.step_fn(self.state, batch, self.key, *asks)
                 step += self.per_dispatch
                 if self.layer_metrics is not None and step % config.train.log_every_steps == 0:
                     out["layers"] = self.layer_metrics(self.state)

@@ -364,7 +364,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, monkeypatch):
     class Mesh:
         size = 5
 
-    monkeypatch.setattr("qtrain.sharding.make_mesh", Mesh)
+    monkeypatch.setattr("qtrain.sharding.make_mesh", lambda _: Mesh())
     with pytest.raises(UsageError, match=r"data\.batch_size=32: does not divide evenly among 5 devices"):
         train(small_config(), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
