@@ -1,5 +1,6 @@
 """Training: one program, results that do not depend on how steps are dispatched, exact cost, metrics, divergence."""
 
+import csv
 import dataclasses
 import logging
 import math
@@ -501,3 +502,22 @@ def test_seeds_change_what_they_say():
         with steps.batches() as batches:
             labels.append(next(batches)["label"])
     assert np.array_equal(labels[0], labels[1]) and not np.array_equal(labels[0], labels[2])
+
+
+# --- what reads it afterwards
+
+
+def test_the_report_reads_what_the_trainer_writes(reference):
+    from qtrain.report import find_runs, make_report, read_runs
+
+    _, folder, summary = reference
+    notes: list[str] = []
+    (run,) = read_runs(find_runs([folder.parent]), notes)
+    assert not notes and run.finished and run.step == run.total == 12 and run.seed == (0, 0)
+    assert run.values["effective_bitops"] == summary["effective_bitops"] and run.values["stored_bytes"] > 0
+    assert run.curve.steps.tolist() == list(range(1, 13)) and np.isfinite(run.curve.loss).all()
+    assert run.curve.bits[:, 2].tolist() == [8.0] * 12 and set(run.curve.bits[:, 0]) <= set(range(3, 9))
+    text = make_report([run]).files["points_digits_test_accuracy.csv"].decode()
+    (row,) = csv.DictReader(text.splitlines())
+    assert float(row["test accuracy, %"]) == 100 * summary["test_accuracy"]
+    assert row["point"] == "CR 3–8, g 8 bits" and row["test accuracy, % n"] == "1" and row["test accuracy, % low"] == ""

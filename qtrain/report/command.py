@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
     from qtrain.report import PAGE, find_runs, make_report, read_runs
 
     notes: list[str] = []
-    runs = read_runs(find_runs(flags.runs), notes)
+    runs = read_runs(find_runs(flags.runs, notes), notes)
     if not runs:
         raise UsageError(
             f"no run can be reported on: {notes[0]}" + (f"; and {len(notes) - 1} more" if notes[1:] else "")

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from qtrain.report.frontiers import Comparison, Frontier, Means
+from qtrain.report.labels import canonical
 from qtrain.report.layers import Layer
-from qtrain.report.points import Family, Point
+from qtrain.report.points import Family, Point, slug
 from qtrain.report.quality import COSTS, Cost, Metric, quality_label
 from qtrain.report.runs import Run
 from qtrain.report.sensitivity import Curve
@@ -37,6 +38,7 @@ def points_table(family: Family, found: Sequence[Means]) -> Table:
         Column("saving, %", decimals(1), "of bit operations, against the highest bits at every step"),
         *(Column(f"front, {cost.short}", help=f"no point is better and needs fewer {cost.short}") for cost in COSTS),
         Column("unfinished", help="runs that have not finished: not in any mean"),
+        *(Column(key, csv_only=True) for key in family.keys),
     ]
     rows = []
     for point in family.points:
@@ -55,9 +57,11 @@ def points_table(family: Family, found: Sequence[Means]) -> Table:
                 _saving(point),
                 *(MARK if id(point) in fronts.get(cost, ()) else None for cost in COSTS),
                 len(point.unfinished) or None,
+                *(canonical(point.config.get(key)) for key in family.keys),
             )
         )
-    return Table(f"Points: {family.title}", f"points_{family.slug}", tuple(columns), tuple(rows))
+    note = "The CSV also has each key in which the points differ." if family.keys else ""
+    return Table(f"Points: {family.title}", f"points_{family.slug}", tuple(columns), tuple(rows), note)
 
 
 def runs_table(runs: Sequence[Run], families: Sequence[Family]) -> Table:
@@ -199,8 +203,8 @@ def layer_tables(family: Family, found: Mapping[str, Sequence[Layer]]) -> list[T
         metrics = list(dict.fromkeys(name for row in rows for name in row.values))
         columns = (Column("point"), Column("layer"), Column("seeds"), *(Column(name, digits) for name in metrics))
         cells = tuple((r.point.label, r.layer, r.seeds, *(r.values.get(name) for name in metrics)) for r in rows)
-        title, slug = f"By layer, {kind}: {family.title}", f"layers_{kind}_{family.slug}"
-        tables.append(Table(title, slug, columns, cells, "The newest row of each run, means over seeds."))
+        title, name = f"By layer, {kind}: {family.title}", f"layers_{slug(kind)}_{family.slug}"
+        tables.append(Table(title, name, columns, cells, "The newest row of each run, means over seeds."))
     return tables
 
 
@@ -212,8 +216,10 @@ def quality_form(family: Family) -> Form:
 def describe(interval: Interval, form: Form, level: float) -> str:
     """An interval in a sentence."""
     if interval:
-        return f"{show(interval, form)} ({100 * level:g} % bootstrap interval, at least {interval.n} seeds a point)"
-    return f"{form(interval.estimate)} (no interval: one seed a point)"
+        seeds = f"{interval.n} or more seeds a point" if interval.n > 1 else "some points have one seed"
+        return f"{show(interval, form)} ({100 * level:g} % bootstrap interval; {seeds})"
+    why = "one seed a point" if interval.n == 1 else "resampled, they do not always share a cost"
+    return f"{form(interval.estimate)} (no interval: {why})"
 
 
 def _at_stored(point: Point, metric: Metric, cost: Cost) -> float | None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from qtrain.report.drawing import COLOURS, MARKERS, make_figure, png, shortened, step_axis
-from qtrain.report.points import Family, Point
+from qtrain.report.drawing import COLOURS, MARKERS, loss_axis, make_figure, plural, png, shortened, step_axis
+from qtrain.report.points import Family, Point, natural
 from qtrain.report.runs import Run
-from qtrain.report.sensitivity import EVALUATED, Curve
+from qtrain.report.sensitivity import Curve
 
 MOST_PANELS = 12
 FLOAT_BITS = 24
@@ -33,19 +33,21 @@ def draw_courses(points: Sequence[Point]) -> bytes:
     """A PNG: for each point the training loss (mean over seeds, single runs faint) and the bits it was trained at."""
     columns = min(3, len(points))
     rows = math.ceil(len(points) / columns)
-    figure = make_figure(1.0 + 3.6 * columns, 1.1 + 2.5 * rows)
+    figure = make_figure(max(1.0 + 3.6 * columns, 6.0), 1.1 + 2.5 * rows)
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     cells = list(grid.flat)
     highest = _highest(points)
-    positive = all(np.nanmin(run.curve.loss, initial=np.inf) > 0 for point in points for run in _runs(point))
+    losses = np.concatenate([run.curve.loss for point in points for run in _runs(point)])
+    losses = losses[np.isfinite(losses)]
+    logarithmic = bool(len(losses)) and losses.min() > 0 and losses.max() > 3 * losses.min()
     shown: dict[str, Any] = {}
     for index, (axes, point) in enumerate(zip(cells, points, strict=False)):
         for run in _runs(point):
             axes.plot(run.curve.steps, run.curve.loss, color=COLOURS[0], alpha=0.25, linewidth=0.7)
         steps, loss = _mean(_runs(point), lambda run: run.curve.loss)
         shown["training loss"] = axes.plot(steps, loss, color=COLOURS[0], linewidth=1.5)[0]
-        if positive:
-            axes.set_yscale("log")
+        if logarithmic:
+            loss_axis(axes)
         right = axes.twinx()
         shown |= _draw_bits(right, _runs(point), highest)
         right.set_ylim(0, highest * 1.06)
@@ -62,7 +64,14 @@ def draw_courses(points: Sequence[Point]) -> bytes:
         empty.set_axis_off()
     figure.supxlabel("training step", fontsize=10)
     figure.supylabel("training loss", fontsize=10)
-    figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+    figure.legend(
+        shown.values(),
+        shown.keys(),
+        loc="outside upper center",
+        ncols=4 if columns > 1 else 2,
+        fontsize=9,
+        frameon=False,
+    )
     return png(figure)
 
 
@@ -72,11 +81,12 @@ def draw_sensitivity(family: Family, key: str, curves: Sequence[Curve], level: f
 
     figure = make_figure(8.0, 5.0)
     axes = figure.subplots()
-    kept = curves[:_MOST_CURVES]
+    kept = sorted(curves[:_MOST_CURVES], key=lambda curve: natural(curve.label))
+    aside = 0.3 / len(kept)  # of a bit, so that whiskers do not cover each other
     for index, curve in enumerate(kept):
         ends = np.array([[q.estimate - q.low, q.high - q.estimate] if q else [0.0, 0.0] for q in curve.quality]).T
         axes.errorbar(
-            [bits + 0.04 * (index - (len(kept) - 1) / 2) for bits in curve.bits],
+            [bits + aside * (index - (len(kept) - 1) / 2) for bits in curve.bits],
             [quality.estimate for quality in curve.quality],
             yerr=np.maximum(ends, 0.0) if ends.any() else None,
             fmt=f"{MARKERS[index % len(MARKERS)]}-",
@@ -86,14 +96,14 @@ def draw_sensitivity(family: Family, key: str, curves: Sequence[Curve], level: f
             label=shortened(curve.label, 60) or None,
         )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(key if key == EVALUATED else f"{key}, bits")
+    axes.set_xlabel(f"{key}, bits")
     axes.set_ylabel(family.metric.label)
     axes.grid(alpha=0.3)
     n = sorted({quality.n for curve in kept for quality in curve.quality})
-    seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
+    seeds = plural(n[0], "seed") if len(n) == 1 else f"{n[0]} to {n[-1]} seeds"
     whiskers = f", {100 * level:g} % bootstrap intervals" if n[-1] > 1 else ""
     left = f"; {len(curves) - len(kept)} more curves in the table" if len(curves) > len(kept) else ""
-    axes.set_title(f"{family.title}; means of n = {seeds} seeds{whiskers}{left}", fontsize=10)
+    axes.set_title(f"{family.title}; means of {seeds}{whiskers}{left}", fontsize=10)
     if any(curve.label for curve in kept):
         figure.legend(loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return png(figure)

@@ -56,6 +56,22 @@ def shortened(label: str, longest: int = _LONGEST) -> str:
     return label if len(label) <= longest else label[: longest - 1] + "…"
 
 
+def plural(count: int, what: str) -> str:
+    """A count with its noun."""
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def loss_axis(axes: Any) -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 300 else (1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def step_axis(axes: Any) -> None:
     """Training steps, with prefixes for thousands."""
     from matplotlib.ticker import EngFormatter, MaxNLocator

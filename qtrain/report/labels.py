@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ PROFILES = {"cosine": "C", "linear": "L", "exponential": "E", "rex": "R"}
 """The letters of `qtrain.schedules.cycles.SUITE`, which imports JAX."""
 _SUITE = ("CR", "CT", "LR", "LT", "ER", "ETV", "ETH", "RR", "RTV", "RTH")
 _AMBIGUOUS = ("weights", "acts", "grads", "bias", "rate", "schedule", "target", "seed", "factor", "momentum")
+_FIRST = ("model.name", "quant.backend", "quant.recipe", "quant.weights", "quant.acts", "optimizer.name")
 _FLOAT_BITS = 24
 
 
@@ -63,27 +63,39 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
 
 
 def label_points(configs: Sequence[Mapping[str, Any]], keys: Sequence[str], *, schedules: bool = True) -> list[str]:
-    """A label for each of `configs`, which differ in `keys`: different labels for different points.
+    """A label for each of `configs`, which differ in `keys`: different labels for different points, as short as can be.
 
-    Keys of schedules are told by `describe_schedules`, and one by one only where that is not enough; all of them one by
-    one with ``schedules=False``, for configs that are not whole.
+    First the schedules of weights and activations, where these differ; then, key by key, what tells apart points whose
+    labels are equal so far, and for these alone. So a label does not have every key that differs.
+
+    Args:
+      configs: dotted key → value.
+      keys: those in which they differ.
+      schedules: whether to describe them; False for configs that are not whole.
     """
-    of_schedule = [key for key in keys if key.startswith("schedule.") and schedules]
-    others = [key for key in keys if key not in of_schedule]
-    names = short_keys(others)
-    grads = len({_describe(_section(config, "grads")) for config in configs}) > 1
-    labels = []
-    for config in configs:
-        parts = [describe_schedules(config, grads=grads)] if schedules and (of_schedule or not keys) else []
-        labels.append(", ".join([*parts, *(_part(names[key], config.get(key)) for key in others)]))
-    twice = [label for label, count in collections.Counter(labels).items() if count > 1]
-    full = {key: key.removeprefix("schedule.") for key in of_schedule}
-    for label in twice:
-        same = [index for index, each in enumerate(labels) if each == label]
-        apart = [key for key in of_schedule if len({canonical(configs[index].get(key)) for index in same}) > 1]
-        for index in same:
-            labels[index] = ", ".join([label, *(_part(full[key], configs[index].get(key)) for key in apart)])
+    of_schedule = [key for key in keys if key.startswith("schedule.")]
+    others = sorted((key for key in keys if key not in of_schedule), key=_priority)
+    names = short_keys(others) | {key: key.removeprefix("schedule.") for key in of_schedule}
+    labels = [""] * len(configs)
+    parts = [[_part(names[key], config.get(key)) for config in configs] for key in (*others, *of_schedule)]
+    if schedules and (of_schedule or not keys):
+        labels = [describe_schedules(config, grads=not keys) for config in configs]
+        gradients = [f"g {_describe(_section(config, 'grads'))}" for config in configs]
+        parts.insert(sum(key in _FIRST for key in others), gradients)
+    for texts in parts:
+        alike: dict[str, set[str]] = {}
+        for label, text in zip(labels, texts, strict=True):
+            alike.setdefault(label, set()).add(text)
+        labels = [
+            f"{label}, {text}".removeprefix(", ") if len(alike[label]) > 1 else label
+            for label, text in zip(labels, texts, strict=True)
+        ]
     return labels
+
+
+def _priority(key: str) -> int:
+    """What says most first, the rest as the config has them (sorting is stable)."""
+    return _FIRST.index(key) if key in _FIRST else len(_FIRST)
 
 
 def _part(name: str, value: Any) -> str:

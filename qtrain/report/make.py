@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from qtrain.report import contents, courses, scatter, sensitivity
 from qtrain.report.frontiers import Comparison, Frontier, Means, compare, frontiers, means, pair
 from qtrain.report.layers import layers
 from qtrain.report.page import Figure, Section, render
-from qtrain.report.points import Family, check_key, make_families
+from qtrain.report.points import Family, check_key, make_families, slug
 from qtrain.report.quality import COSTS, asked_metric
 from qtrain.report.runs import Run
 from qtrain.report.tables import Table, signed
@@ -109,9 +110,9 @@ class _Builder:
             if one is None:
                 self.notes.append(f"{family.title}, {each.against.short}: not compared: one of {two} has no such point")
                 continue
-            self.comparisons.append((each, one))
-            form = signed(contents.quality_form(family))
-            if one.mean.estimate == one.mean.estimate:
+            if math.isfinite(one.mean.estimate):
+                self.comparisons.append((each, one))
+                form = signed(contents.quality_form(family))
                 gain = contents.describe(one.mean, form, self.level)
                 what = f"{one.a} against {one.b} at equal {each.against.short}"
                 self.said.append(f"{family.title}: {what}, {family.metric.unit}: {gain}")
@@ -175,9 +176,8 @@ class _Builder:
         figures = []
         for key in dict.fromkeys(curve.key for curve in mine):
             drawn = courses.draw_sensitivity(family, key, [c for c in mine if c.key == key], self.level)
-            slug = key.replace(".", "_").replace(" ", "_")
             caption = f"{family.metric.label} against {key}, everything else equal."
-            figures.append(Figure(f"sensitivity_{slug}_{family.slug}.png", drawn, caption))
+            figures.append(Figure(f"sensitivity_{slug(key)}_{family.slug}.png", drawn, caption))
         table = contents.sensitivity_table([(family, mine)])
         table = dataclasses.replace(table, slug=f"sensitivity_{family.slug}")
         return [Section(f"Sensitivity to one width, {family.title}", figures=tuple(figures), tables=(table,))]

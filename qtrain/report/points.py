@@ -62,6 +62,7 @@ class Family:
     """Points that can be compared: the same data, the same metric.
 
     keys: in which config keys they differ. grouped_by: the key whose values are the groups, "" with one group.
+    slug: for the names of files, no other family's.
     """
 
     data: str
@@ -70,16 +71,12 @@ class Family:
     points: list[Point]
     grouped_by: str
     groups: list[str]
+    slug: str = ""
 
     @property
     def title(self) -> str:
         """For a heading."""
         return f"{self.data}: {self.metric.name.replace('_', ' ')}"
-
-    @property
-    def slug(self) -> str:
-        """For the names of files."""
-        return re.sub(r"[^A-Za-z0-9]+", "_", f"{self.data}_{self.metric.name}").strip("_")
 
     def with_cost(self, cost: Cost) -> list[Point]:
         """The points that have both a quality and this cost, above 0."""
@@ -108,6 +105,14 @@ def make_families(
         data = str(run.config.get("data.name", "unknown data")) + (" (smoke)" if run.config.get("smoke") else "")
         kinds.setdefault((data, judged), []).append(run)
     families = [_family(data, judged, mine, notes, compare) for (data, judged), mine in sorted(kinds.items(), key=str)]
+    taken: set[str] = set()
+    for family in families:
+        wanted = family.slug = slug(f"{family.data}_{family.metric.name}")
+        number = 1
+        while family.slug in taken:
+            number += 1
+            family.slug = f"{wanted}_{number}"
+        taken.add(family.slug)
     if len({family.metric for family in families}) > 1:
         each = "; ".join(f"{family.data} by {family.metric.name}" for family in families)
         notes.append(f"runs with different metrics: {each}; each has plots of its own, and is in no other's")
@@ -176,6 +181,15 @@ def check_key(key: str, families: Sequence[Family]) -> None:
     if not any(len(family.groups) > 1 for family in families):
         value = families[0].groups[0]
         raise UsageError(f"--compare {key}: it is {value} in every run; these differ: {_listed(differing)}")
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name.
+
+    >>> slug("tfds:cifar10 (smoke)")
+    'tfds_cifar10_smoke'
+    """
+    return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
 
 
 def natural(text: str) -> list[Any]:

@@ -51,10 +51,11 @@ class Run:
         return self.config.get("seed"), self.config.get("data.seed")
 
 
-def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
+def find_runs(paths: Sequence[str | os.PathLike[str]], notes: list[str] | None = None) -> list[Path]:
     """The folders of runs at and below `paths`, in order of their names, each once.
 
-    A run is a folder with the ``config.json`` of a run; nothing below it is looked at. Hidden folders are not either.
+    A run is a folder with a ``config.json``; nothing below it is looked at, nor are hidden folders. Folders that cannot
+    be listed are added to `notes`.
 
     Raises:
       UsageError: a path that is no folder, or without any run.
@@ -65,7 +66,7 @@ def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
             raise UsageError(f"{str(path)!r} does not exist; give the folder of a run, or one that has runs below it")
         if not path.is_dir():
             raise UsageError(f"{str(path)!r} is a file; give the folder of a run, or one that has runs below it")
-        mine = list(_below(path))
+        mine = list(_below(path, [] if notes is None else notes))
         if not mine:
             what = "holds no run" if any(path.iterdir()) else "is empty"
             raise UsageError(
@@ -76,8 +77,11 @@ def find_runs(paths: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return list(found.values())
 
 
-def _below(path: Path) -> Iterator[Path]:
-    for folder, names, files in os.walk(path):
+def _below(path: Path, notes: list[str]) -> Iterator[Path]:
+    def unlisted(error: OSError) -> None:
+        notes.append(f"{error.filename}: left out: it cannot be listed ({error.strerror})")
+
+    for folder, names, files in os.walk(path, onerror=unlisted):
         if CONFIG in files:
             names.clear()
             yield Path(folder)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from qtrain import statistics
-from qtrain.report.drawing import cost_axis, make_figure, png, shortened, style
+from qtrain.report.drawing import cost_axis, make_figure, plural, png, shortened, style
 from qtrain.report.frontiers import Comparison, Means
 from qtrain.report.quality import quality_at
 
-_MOST_NUMBERED = 60
+_MOST_NUMBERED = 16
 _BUDGETS = 200
 
 
@@ -43,7 +43,14 @@ def draw_frontiers(means: Means) -> bytes:
         front = means.front(group)
         numbered |= set(front.tolist())
         _steps(axes, means.cost[front], means.quality[front], means.cost.max(), color=colour, linewidth=1.4)
-        axes.plot([], [], marker=marker, color=colour, linewidth=1.4, label=f"{shortened(group)} ({len(mine)} points)")
+        axes.plot(
+            [],
+            [],
+            marker=marker,
+            color=colour,
+            linewidth=1.4,
+            label=f"{shortened(group)} ({plural(len(mine), 'point')})",
+        )
     if len(groups) > 1:
         front = means.front()
         line: dict[str, Any] = {"color": "0.2", "linewidth": 4, "alpha": 0.18, "zorder": 1}
@@ -59,23 +66,16 @@ def draw_frontiers(means: Means) -> bytes:
         axes.plot(*zip(*so_far, strict=True), "x", color="0.45", markersize=6, label="unfinished runs, so far")
     if bool((means.seeds == 1).any()) and bool((means.seeds > 1).any()):
         axes.plot([], [], "o", color="0.3", markerfacecolor="white", linestyle="", label="hollow: one seed")
-    if len(numbered) <= _MOST_NUMBERED:
-        _number(axes, means, sorted(numbered))
+    # Where there are many, the frontier of all points says what matters.
+    _number(axes, means, sorted(numbered) if len(numbered) <= _MOST_NUMBERED else means.front().tolist())
     _leave_far_below(axes, means)
     cost_axis(axes, [*means.cost, *(cost for cost, _ in so_far)], means.against.label)
     axes.set_ylabel(means.label)
     axes.grid(alpha=0.3)
-    seeds = (
-        f"{means.seeds.min()}"
-        if means.seeds.min() == means.seeds.max()
-        else f"{means.seeds.min()} to {means.seeds.max()}"
-    )
-    whiskers = (
-        f"whiskers {100 * means.level:g} % bootstrap intervals"
-        if means.seeds.max() > 1
-        else "no intervals with one seed"
-    )
-    axes.set_title(f"{family.title}; means of n = {seeds} seeds, {whiskers}", fontsize=10)
+    few, many = int(means.seeds.min()), int(means.seeds.max())
+    seeds = plural(few, "seed") if few == many else f"{few} to {many} seeds"
+    whiskers = f"whiskers {100 * means.level:g} % bootstrap intervals" if many > 1 else "no intervals"
+    axes.set_title(f"{family.title}; means of {seeds}, {whiskers}", fontsize=10)
     figure.legend(loc="outside lower center", ncols=3, fontsize=8.5, frameon=False)
     return png(figure)
 
@@ -110,7 +110,7 @@ def draw_comparison(means: Means, found: Comparison) -> bytes:
     cost_axis(lower, list(means.cost), f"budget: {means.against.label}")
     upper.set_ylabel(f"best {means.label}\nwithin the budget", fontsize=9.5)
     lower.set_ylabel(f"gain of {shortened(found.a, 20)},\n{family.metric.unit}", fontsize=9.5)
-    upper.legend(fontsize=9, loc="lower right" if family.metric.maximize else "upper right")
+    upper.legend(fontsize=9)
     bands = f"bands {100 * means.level:g} % bootstrap intervals over seeds; " if means.seeds.max() > 1 else ""
     upper.set_title(f"{family.title}; {bands}shaded: the costs that both cover", fontsize=10)
     return png(figure)
@@ -129,9 +129,8 @@ def _leave_far_below(axes: Any, means: Means) -> None:
     if left and middle < best:
         end = worst - 0.08 * (best - worst)
         axes.set_ylim(*((end, drawn[1]) if sign > 0 else (-drawn[1], -end)))
-        text = f"{left} points are {'below' if sign > 0 else 'above'} the axis"
-        height = 0.02 if sign > 0 else 0.95
-        axes.text(0.985, height, text, transform=axes.transAxes, ha="right", fontsize=8.5, color="0.3")
+        text = f"{plural(left, 'point')} beyond the axis"
+        axes.plot([], [], "v" if sign > 0 else "^", color="0.6", linestyle="", label=text)
 
 
 def _ends(means: Means, chosen: np.ndarray) -> np.ndarray | None:

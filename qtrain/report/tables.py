@@ -7,7 +7,7 @@ import dataclasses
 import html
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from qtrain.statistics import Interval
@@ -18,11 +18,12 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A name, how its values are shown, and what to explain when the pointer rests on it."""
+    """A name, how its values are shown, what to explain when the pointer rests on it; whether only the CSV has it."""
 
     name: str
     form: Form = str
     help: str = ""
+    csv_only: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +58,27 @@ class Table:
 
     def markdown(self) -> str:
         """A heading, the table and the note."""
-        lines = [f"### {self.title}", "", _line(column.name for column in self.columns)]
-        lines.append(_line("---:" if self._numeric(i) else "---" for i in range(len(self.columns))))
-        lines += [_line(self._shown(row)) for row in self.rows]
+        seen = self._seen()
+        lines = [f"### {self.title}", "", _line(self.columns[i].name for i in seen)]
+        lines.append(_line("---:" if self._numeric(i) else "---" for i in seen))
+        lines += [_line(show(row[i], self.columns[i].form) for i in seen) for row in self.rows]
         return "\n".join([*lines, *(["", self.note] if self.note else [])]) + "\n"
 
     def html(self, most: int) -> str:
         """A table whose columns can be sorted by; `most` rows of it."""
-        numeric = [self._numeric(i) for i in range(len(self.columns))]
+        seen = self._seen()
+        columns = [self.columns[i] for i in seen]
+        numeric = [self._numeric(i) for i in seen]
         heads = "".join(
             f'<th scope="col" tabindex="0" title="{html.escape(column.help, quote=True)}"{_right(right)}>'
             f"{html.escape(column.name)}</th>"
-            for column, right in zip(self.columns, numeric, strict=True)
+            for column, right in zip(columns, numeric, strict=True)
         )
         body = []
         for row in self.rows[:most]:
-            cells = zip(row, self._shown(row), numeric, strict=True)
-            body.append("".join(f"<td{_right(right)}{_key(value)}>{html.escape(s)}</td>" for value, s, right in cells))
+            cells = [(row[i], show(row[i], self.columns[i].form)) for i in seen]
+            marked = zip(cells, numeric, strict=True)
+            body.append("".join(f"<td{_right(right)}{_key(v)}>{html.escape(text)}</td>" for (v, text), right in marked))
         note = self.note
         if len(self.rows) > most:
             note = f"{most} of {len(self.rows)} rows; all of them are in {self.slug}.csv. {note}".strip()
@@ -84,8 +89,8 @@ class Table:
             + (f'<p class="note">{html.escape(note)}</p>' if note else "")
         )
 
-    def _shown(self, row: Sequence[Any]) -> list[str]:
-        return [show(value, column.form) for value, column in zip(row, self.columns, strict=True)]
+    def _seen(self) -> list[int]:
+        return [i for i, column in enumerate(self.columns) if not column.csv_only]
 
     def _numeric(self, index: int) -> bool:
         values = [row[index] for row in self.rows if row[index] is not None]

@@ -55,11 +55,13 @@ def best_within(cost: Any, quality: Any, budgets: Any, *, maximize: bool = True)
     [nan, 0.8, 0.8, 0.9]
     """
     costs, values = _points(cost, quality, maximize)
-    found = []
-    for budget in np.atleast_1d(np.asarray(budgets, float)):  # one at a time: points × budgets × draws is much
-        best = np.max(np.where(costs <= budget, values, -np.inf), axis=-1)
-        found.append(np.where(np.isfinite(best), best, np.nan))
-    return np.stack(found, axis=-1) * (1 if maximize else -1)
+    order = np.argsort(costs, axis=-1, kind="stable")
+    ordered = np.take_along_axis(costs, order, -1).reshape(-1, costs.shape[-1])
+    best = np.maximum.accumulate(np.take_along_axis(values, order, -1), axis=-1).reshape(ordered.shape)
+    asked = np.atleast_1d(np.asarray(budgets, float))
+    padded = np.concatenate([np.full((len(best), 1), np.nan), best], axis=1)
+    found = [row[np.searchsorted(c, asked, side="right")] for c, row in zip(ordered, padded, strict=True)]
+    return np.stack(found).reshape(*costs.shape[:-1], len(asked)) * (1 if maximize else -1)
 
 
 def hypervolume(
