@@ -32,13 +32,13 @@ class Evaluator:
         everywhere, whole = sharding.replicated(mesh), sharding.gather(mesh, experiment.config.mesh.fsdp_min_size)
         evaluate = make_eval_step(experiment.qmodel, experiment.task)
 
-        def step(variables: Mapping[str, Any], batch: Any, bits: Any) -> dict[str, jax.Array]:
+        def eval_step(variables: Mapping[str, Any], batch: Any, bits: Any) -> dict[str, jax.Array]:
             return evaluate(whole(variables), batch, bits)
 
-        self._step = jax.jit(step, out_shardings=everywhere)
+        self._step = jax.jit(eval_step, out_shardings=everywhere)
         # A backend whose bits are frozen at compile time closes over them.
         fixed = experiment.fixed
-        self._fixed = jax.jit(lambda variables, batch: step(variables, batch, fixed), out_shardings=everywhere)
+        self._fixed = jax.jit(lambda variables, batch: eval_step(variables, batch, fixed), out_shardings=everywhere)
         self._reestimated = experiment.config.eval.reestimate_batches
         measure = make_reestimate_step(experiment.qmodel, experiment.task)
 

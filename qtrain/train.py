@@ -112,15 +112,18 @@ def _as_started(experiment: Experiment, folder: str) -> Experiment:
     if not experiment.plan.choices:
         return experiment
 
+    own = {path: choice.to_json() for path, choice in experiment.plan.choices.items()}
+
     def chosen() -> dict[str, Any]:
         recorded = workdir.recorded(folder).get("execution")
-        if recorded is not None:
-            return recorded
-        choices = {path: c.to_json() for path, c in experiment.plan.choices.items()}
-        workdir.record(folder, "execution", choices)
-        return choices
+        if recorded is None:
+            workdir.record(folder, "execution", own)
+        return {"fresh": recorded is None, "choices": own if recorded is None else recorded}
 
-    return experiment.with_choices(processes.on_first(chosen))
+    found = processes.on_first(chosen)
+    if found["fresh"] and found["choices"] == own:
+        return experiment
+    return experiment.with_choices(found["choices"])
 
 
 def _keep_compilations(folder: str) -> None:
