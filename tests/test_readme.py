@@ -46,6 +46,8 @@ def test_the_quantizer_in_twenty_lines():
     np.testing.assert_allclose(out, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["docs/suite.png", "DEVELOPERS.md", "LICENSE", "CITATION.cff", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/suite.png", "docs/injection.md", "DEVELOPERS.md", "LICENSE", "CITATION.cff", "CHANGELOG.md"]
+)
 def test_what_it_points_to_exists(name):
     assert (Path(__file__).parents[1] / name).is_file()

@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from qtrain.errors import UsageError
-from qtrain.inject import Weight
+from qtrain.inject import Rule, Weight
+from qtrain.inject.record import effective_bits
+from qtrain.inject.resolve import Resolved
+from qtrain.precision import Precision
 from qtrain.quantizers import FLOAT_BITS, AffineScale, Quantizer, noise
 
 Array = jax.Array
@@ -103,6 +106,29 @@ def quantized_at(weights: Sequence[Weight], precision: Any) -> tuple[Weight, ...
 def below_float(weights: Sequence[Weight], precision: Any) -> tuple[Weight, ...]:
     """Those that `precision`, of Python numbers, puts on a grid."""
     return tuple(weight for weight in quantized_at(weights, precision) if weight.bits(precision) < FLOAT_BITS)
+
+
+def check_tables(resolved: Resolved, rules: Sequence[Rule], bits: Any) -> None:
+    """Refuse a parameter that two operations see differently, of which a file could hold one form alone.
+
+    Raises:
+      UsageError: for a table that is attended to on a grid and looked up in float, or on another grid.
+    """
+    seen: dict[str, tuple[str, Any]] = {}
+    for path, record in resolved.records.items():
+        if not record.leaf:
+            continue
+        index, quantizer, width = resolved.assigned.get(path), None, None
+        if index is not None and (quantizer := rules[index].weight_quantizer) is not None:
+            precision = bits.get(path, Precision()) if isinstance(bits, Mapping) else bits
+            width = effective_bits(rules[index], precision).weights
+        form = None if width is None or width >= FLOAT_BITS else (quantizer, width)
+        other, known = seen.setdefault(record.leaf, (path, form))
+        if known != form:
+            raise UsageError(
+                f"export: {other!r} and {path!r} share the parameter {record.leaf!r}, of which a file holds one form; "
+                "give both the same quantizer and bits (a rule with ops=('embed', 'attend', ...)), or none"
+            )
 
 
 def running_ranges(weight: Weight, statistics: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from qtrain.errors import UsageError
 from qtrain.export import coding, file, quantizer_json, switching
-from qtrain.export.encode import EVALUATION_KEY, below_float, quantize, running_ranges, scale_leaves
+from qtrain.export.encode import EVALUATION_KEY, below_float, check_tables, quantize, running_ranges, scale_leaves
 from qtrain.export.model import VARIABLES, WEIGHTS, Exported, assembled
 from qtrain.export.report import Report, Row
 from qtrain.export.separate import bytes_alone, remark, trained_widths
@@ -131,6 +131,7 @@ def contents(
     # The rules as resolved for a whole pass: what a quantizer sees is in the dtype that its layer computes in.
     resolved, params = qmodel.initial(None, (shape,), call)
     quantized = quantized_weights(resolved, expanded(qmodel.rules), params)
+    check_tables(resolved, expanded(qmodel.rules), bits)
     kept = below_float(quantized, bits)
     if not kept:
         raise UsageError(
