@@ -66,9 +66,7 @@ def sequential(dataset: Dataset) -> Dataset:
         )
     height, width, channels = dataset.input_shape
     evaluation = {
-        s: PixelSequences(source)
-        for s, source in dataset.eval.items()
-        if not isinstance(source, _NOT_IMAGES)
+        s: PixelSequences(source) for s, source in dataset.eval.items() if not isinstance(source, _NOT_IMAGES)
     }
     return dataclasses.replace(
         dataset,

@@ -88,20 +88,11 @@ class Planned(Passes):
         return weights(resolved, self.expanded, params)
 
     def quantizers(self, *args: Any, rngs: Any = None, **kwargs: Any) -> dict[tuple[str, str], Quantizer]:
-        """(layer path, "weights" | "acts" | "bias" | "grads") → quantizer; arguments as for `plan`."""
-        fields = {
-            "weights": "weight_quantizer",
-            "acts": "act_quantizer",
-            "bias": "bias_quantizer",
-            "grads": "grad_quantizer",
-        }
-        assigned = self.initial(rngs, args, kwargs)[0].assigned
-        found = {
-            (path, kind): getattr(self.expanded[index], field)
-            for path, index in assigned.items()
-            for kind, field in fields.items()
-        }
-        return {owner: quantizer for owner, quantizer in found.items() if quantizer is not None}
+        """(layer path, "weights" | "acts" | "bias" | "grads") → quantizer; arguments as for `plan`.
+
+        A product of two activations also has "acts_rhs".
+        """
+        return self.initial(rngs, args, kwargs)[0].quantizers(self.expanded)
 
     def initial(self, rngs: Any, args: Any, kwargs: Any) -> tuple[Resolved, Any]:
         """The rules resolved for initialisation, and the shapes of the parameters."""

@@ -257,15 +257,12 @@ class QuantizedModule(nnx.Module):
         return weights(resolved, self.settings.expanded, jax.tree.map(abstract, params))
 
     def quantizers(self, *args: Any, method: Method = None, **kwargs: Any) -> dict[tuple[str, str], Quantizer]:
-        """(layer path, "weights" | "acts" | "bias" | "grads") → quantizer; arguments as for `plan`."""
-        kinds = ("weights", "weight"), ("acts", "act"), ("bias", "bias"), ("grads", "grad")
-        assigned = resolved_for(self.settings, self.module, _shapes(args, kwargs, method)).assigned
-        found = {
-            (path, kind): getattr(self.settings.expanded[index], f"{field}_quantizer")
-            for path, index in assigned.items()
-            for kind, field in kinds
-        }
-        return {owner: quantizer for owner, quantizer in found.items() if quantizer is not None}
+        """(layer path, "weights" | "acts" | "bias" | "grads") → quantizer; arguments as for `plan`.
+
+        A product of two activations also has "acts_rhs".
+        """
+        resolved = resolved_for(self.settings, self.module, _shapes(args, kwargs, method))
+        return resolved.quantizers(self.settings.expanded)
 
 
 def _shapes(args: Any, kwargs: Any, method: Method) -> Call:

@@ -15,6 +15,7 @@ from qtrain.inject.per_width import Held
 from qtrain.inject.rows_in_use import Table
 from qtrain.inject.rules import Rule, expanded
 from qtrain.inject.trace import Record, Trace, check_statistics
+from qtrain.quantizers import Quantizer
 from qtrain.trees import leaf_name
 
 
@@ -35,6 +36,15 @@ class Resolved:
     notes: Mapping[str, str]
     modules: Mapping[str, str]
     skipped: frozenset[str] = frozenset()
+
+    def quantizers(self, rules: Sequence[Rule]) -> dict[tuple[str, str], Quantizer]:
+        """(layer path, kind) → quantizer; a product of two activations also has the kind "acts_rhs"."""
+        fields = {"weights": "weight", "acts": "act", "bias": "bias", "grads": "grad"}
+        found: dict[tuple[str, str], Quantizer | None] = {}
+        for path, index in self.assigned.items():
+            own = fields | ({"acts_rhs": "act"} if self.records[path].op == "attention" else {})
+            found |= {(path, kind): getattr(rules[index], f"{field}_quantizer") for kind, field in own.items()}
+        return {owner: quantizer for owner, quantizer in found.items() if quantizer is not None}
 
     @property
     def inside(self) -> frozenset[str]:
