@@ -57,7 +57,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "data": {"name": "digits", "batch_size": 64, "augment": ("crop",), "crop_padding": 1},
         "model": {"name": "mobilenet", "width": 0.25, "blocks": (1, 2, 2), "last_features": 128, "reduction": 8},
         "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine"},
-        "train": {"steps": 2000},
+        "train": {"steps": 1000},
     },
     "digits_vit": {
         "data": {"name": "digits", "batch_size": 64, "augment": ("crop",), "crop_padding": 1},
@@ -70,7 +70,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "schedule": "cosine",
             "warmup_percent": 5.0,
         },
-        "train": {"steps": 2500},
+        "train": {"steps": 1500},
     },
     "mnist_mlp": {
         "data": {"name": "mnist", "batch_size": 128},
@@ -290,7 +290,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "schedule": "cosine",
             "warmup_percent": 5.0,
         },
-        "train": {"steps": 1500},
+        "train": {"steps": 800},
     },
     "text_lstm": {
         "data": {"name": "text", "batch_size": 20, "length": 35},
@@ -335,7 +335,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "schedule": "cosine",
             "warmup_percent": 5.0,
         },
-        "train": {"steps": 4000},
+        "train": {"steps": 1600},
     },
 }
 """Data, model and optimizer of each reference task; the method comes on top."""
