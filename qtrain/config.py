@@ -60,7 +60,8 @@ def base_config(task: str) -> ConfigDict:
     losses       penalties added to the loss: ``<name>.rate`` and its ``schedule``, see `qtrain.losses`
     train        ``steps`` or ``epochs`` (the other 0), ``log_every_steps``, ``steps_per_dispatch``,
                  ``compilation_cache`` (a folder)
-    eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``;
+    eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``; ``splits``, by
+                 the first of which the best checkpoint is kept;
                  ``reestimate_batches``: norm statistics are re-estimated from so many training batches before it
     checkpoint   ``every_steps | every_epochs | every_percent``, ``keep``
     mesh         sizes of the axes of devices ``data`` and ``fsdp``, -1: all that are left. A batch is split over both;
@@ -158,7 +159,7 @@ def _shared_keys() -> dict[str, Any]:
             "steps_per_dispatch": 1,
             "compilation_cache": "",
         },
-        "eval": {**every, "batch_size": 360, "reestimate_batches": 0},
+        "eval": {**every, "splits": ("test",), "batch_size": 360, "reestimate_batches": 0},
         "checkpoint": {**every, "keep": 2},
         "mesh": dict(MESH),
     }

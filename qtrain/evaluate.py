@@ -48,12 +48,11 @@ class Evaluator:
 
         self._reestimate = jax.jit(reestimate_step, out_shardings=everywhere)
 
-    def __call__(self, state: TrainState, split: str = "test") -> dict[str, float]:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``.
 
-        Tasks other than classification have other names than ``accuracy``, see `Task.summary`.
-
-        Of a run that trains several widths also ``…_8bit`` and so on, weights and activations at each of them.
+        Of each of ``eval.splits``. Tasks other than classification have other names than ``accuracy``, see
+        `Task.summary`. Of a run that trains several widths also ``…_8bit`` and so on, weights and activations at each.
         """
         experiment = self._experiment
         scheduled = experiment.precision_at(max(int(state.step) - 1, 0))
@@ -62,9 +61,13 @@ class Evaluator:
             asked[f"_{width}bit"] = dataclasses.replace(experiment.q_max, weights=width, acts=width)
         # The first name of each precision: q_max and the scheduled bits are among the widths, and others may be equal.
         first = {suffix: next(name for name in asked if asked[name] == bits) for suffix, bits in asked.items()}
-        found = self.at(state.variables, {suffix: asked[suffix] for suffix in dict.fromkeys(first.values())}, split)
+        different = {suffix: asked[suffix] for suffix in dict.fromkeys(first.values())}
+        found = {split: self.at(state.variables, different, split) for split in experiment.config.eval.splits}
         return {
-            f"{split}_{kind}{suffix}": value for suffix, name in first.items() for kind, value in found[name].items()
+            f"{split}_{kind}{suffix}": value
+            for split, summaries in found.items()
+            for suffix, name in first.items()
+            for kind, value in summaries[name].items()
         }
 
     def at(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from qtrain import cost, data, models, schedules
 from qtrain.additions import Additions, Bits
-from qtrain.config import QUANT, check_keys
+from qtrain.config import check_keys
 from qtrain.data import Dataset
 from qtrain.data.graphs import GraphSplit
 from qtrain.durations import duration
@@ -25,37 +25,26 @@ from qtrain.inject import (
     QuantizedModel,
     Rule,
     Weight,
-    default_rules,
     quantize,
-    quantizer_from_config,
-    rules_from_config,
 )
 from qtrain.inject.execution import Choice
-from qtrain.inject.rules import EXECUTIONS, OPS
 from qtrain.losses import penalty_from_config
 from qtrain.losses.budget import budget_from_config, initial_controller
 from qtrain.losses.thresholds import thresholds_from_config
 from qtrain.methods import aqt, multi_precision
-from qtrain.methods.cpt import cpt_rules
-from qtrain.methods.multi_precision import MultiPrecision, multi_precision_rules
-from qtrain.methods.trs import trs_rules
+from qtrain.methods.multi_precision import MultiPrecision
 from qtrain.models.gcn import KEYS
 from qtrain.optim import optimizer
 from qtrain.optim.build import TRANSITION
 from qtrain.precision import Precision
-from qtrain.quantizers import RESIDUALS
 from qtrain.quantizers.native import WIDEST
+from qtrain.recipes import check_values, rules_of
 from qtrain.schedules import PrecisionSchedule
 from qtrain.sensitivity import weight_traces
 from qtrain.sharding import check_mesh
 from qtrain.state import NOTHING, TrainState, create
 from qtrain.tasks import IMAGES, Task, task_for
 from qtrain.widths import Widths
-
-PAPERS: dict[str, Callable[[], tuple[Rule, ...]]] = {"cpt": cpt_rules, "trs": trs_rules}
-"""Recipes with quantizers of their own."""
-RECIPES = ("default", *PAPERS, multi_precision.RECIPE)
-BACKENDS = ("qtrain", "aqt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +155,8 @@ def build(config: ConfigDict) -> Experiment:
       UsageError: for whatever is wrong with it, before anything is compiled or written.
     """
     check_keys(config)
-    _check_values(config)
+    check_values(config)
+    check_mesh(config.mesh)
     method = multi_precision.from_config(config.multi_precision, config.quant.recipe)
     dataset = data.load(config.data, smoke=config.smoke)
     steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size) * config.data.repeat
@@ -174,6 +164,7 @@ def build(config: ConfigDict) -> Experiment:
     schedule = _schedule(config, method, total_steps)
     fields = config.model.to_dict()
     _check_suits(fields.get("name"), dataset, config.data.name)
+    _check_splits(config.eval.splits, dataset)
     module = models.build(fields, num_classes=dataset.num_classes, input_shape=dataset.input_shape)
     task = task_for(dataset, module)
     if method is not None and method.distill_rate and not task.classifies:
@@ -181,7 +172,7 @@ def build(config: ConfigDict) -> Experiment:
             f"multi_precision.distill.rate={method.distill_rate}: distillation compares logits, and model.name="
             f"{fields['name']!r} finds boxes; set it to 0"
         )
-    rules = _rules(config, method)
+    rules = rules_of(config, method)
     per_width = method.widths if method is not None else ()
     fixed = None
     if config.quant.backend == "aqt":
@@ -240,6 +231,18 @@ def build(config: ConfigDict) -> Experiment:
         additions=additions,
         task=task,
     )
+
+
+def _check_splits(splits: Any, dataset: Dataset) -> None:
+    allowed = tuple(dataset.eval)
+    if not isinstance(splits, tuple | list) or not splits or len(set(splits)) < len(splits):
+        raise UsageError(f"eval.splits={splits!r}: give a tuple of different splits of {dataset.name!r}, {allowed}")
+    for split in splits:
+        if split not in allowed:
+            raise UsageError(
+                f"eval.splits has {split!r}; {dataset.name!r} has {', '.join(map(repr, allowed))}."
+                f"{did_you_mean(split, allowed)}"
+            )
 
 
 def _check_suits(name: Any, dataset: Dataset, data_name: str) -> None:
@@ -352,60 +355,3 @@ def _total_steps(config: ConfigDict, steps_per_epoch: int) -> int:
 
 def _multiple(steps: int, per_dispatch: int) -> int:
     return -(-steps // per_dispatch) * per_dispatch
-
-
-def _check_values(config: ConfigDict) -> None:
-    for key, value, allowed in (
-        ("quant.recipe", config.quant.recipe, RECIPES),
-        ("quant.backend", config.quant.backend, BACKENDS),
-        ("quant.execution", config.quant.execution, EXECUTIONS),
-        ("quant.residuals", config.quant.residuals, RESIDUALS),
-    ):
-        if value not in allowed:
-            raise UsageError(f"{key}={value!r}: give one of {allowed}.{did_you_mean(value, allowed)}")
-    if config.quant.recipe != "default":
-        own = ["weights", "acts", "grads", "bias"] + ["ends"] * (config.quant.recipe in PAPERS)
-        for key in own:
-            if config.quant[key] != QUANT[key]:
-                raise UsageError(
-                    f"quant.{key}={config.quant[key]!r}: quant.recipe={config.quant.recipe!r} brings its own; leave it "
-                    f"at {QUANT[key]!r}, or use quant.rules, or quant.recipe='default'"
-                )
-    for key, value, low, high in (
-        ("seed", config.seed, 0, 2**32 - 1),
-        ("quant.ends", config.quant.ends, 1, 32),
-        ("eval.batch_size", config.eval.batch_size, 1, 2**31 - 1),
-        ("checkpoint.keep", config.checkpoint.keep, 1, 2**31 - 1),
-    ):
-        if not low <= value <= high:
-            raise UsageError(f"{key}={value}: give a whole number from {low} to {high}")
-    check_mesh(config.mesh)
-
-
-def _rules(config: ConfigDict, method: MultiPrecision | None) -> tuple[Rule, ...]:
-    quant = config.quant
-    own = rules_from_config(quant.rules) if quant.rules else ()
-    chosen = {"residuals": quant.residuals, "execution": quant.execution}
-    if quant.recipe != "default":
-        paper = PAPERS[quant.recipe]() if method is None else multi_precision_rules(method.widths, quant.ends)
-        # A layer that stays in float by intention is one of which no execution could make anything else.
-        paper = tuple(dataclasses.replace(rule, **chosen) if rule.weight_quantizer else rule for rule in paper)
-        return (*own, *_for_ops(paper, quant.ops))
-    recipe = default_rules(
-        weight_quantizer=quantizer_from_config(quant.weights, "quant.weights"),
-        act_quantizer=quantizer_from_config(quant.acts, "quant.acts"),
-        grad_quantizer=quantizer_from_config(quant.grads, "quant.grads"),
-        bias_quantizer=quantizer_from_config(quant.bias, "quant.bias"),
-        ends=quant.ends,
-    )
-    return (*own, *_for_ops([dataclasses.replace(rule, **chosen) for rule in recipe], quant.ops))
-
-
-def _for_ops(rules: Sequence[Rule], ops: Any) -> tuple[Rule, ...]:
-    """`rules`, for the operations that ``quant.ops`` names."""
-    if not ops:
-        raise UsageError(f"quant.ops={ops!r}: give a tuple of {OPS}, or ('weighted',) or ('all',)")
-    try:
-        return tuple(dataclasses.replace(rule, ops=ops) for rule in rules)
-    except UsageError as error:
-        raise UsageError(f"quant.ops: {error}") from None

@@ -221,18 +221,21 @@ TASKS: dict[str, dict[str, Any]] = {
         "data": {"name": "cora", "batch_size": 1},
         "model": {"name": "gcn", "width": 16, "dropout": 0.5, "input_dropout": 0.5},
         "optimizer": {"name": "adam", "learning_rate": 0.01, "weight_decay": 5e-4, "schedule": "constant"},
+        "eval": {"splits": ("validation", "test")},
         "train": {"steps": 200},
     },
     "digits_gcn": {
         "data": {"name": "digits_graph", "batch_size": 1},
         "model": {"name": "gcn", "width": 16, "dropout": 0.5, "input_dropout": 0.5},
         "optimizer": {"name": "adam", "learning_rate": 0.01, "weight_decay": 5e-4, "schedule": "constant"},
+        "eval": {"splits": ("validation", "test")},
         "train": {"steps": 200},
     },
     "ogbn_arxiv_gcn": {
         "data": {"name": "ogbn_arxiv", "batch_size": 1},
         "model": {"name": "gcn", "num_layers": 3, "width": 512, "norm": "layer", "dropout": 0.2},
         "optimizer": {"name": "adam", "learning_rate": 1e-3, "schedule": "cosine", "final_factor": 0.1},
+        "eval": {"splits": ("validation", "test")},
         "train": {"steps": 500},
     },
     "imagenette_resnet": {
@@ -290,6 +293,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "schedule": "cosine",
             "warmup_percent": 5.0,
         },
+        "eval": {"splits": ("validation", "test")},
         "train": {"steps": 800},
     },
     "text_lstm": {
@@ -297,6 +301,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "model": {"name": "lstm", "num_layers": 1, "width": 800, "dropout": 0.5},
         "quant": {"ops": ("weighted", "embed")},  # so that the embedding is the first layer, not the only cell
         "optimizer": {"name": "adam", "learning_rate": 1e-3, "clip_norm": 1.0, "schedule": "cosine"},
+        "eval": {"splits": ("validation", "test")},
         "train": {"epochs": 40.0},
     },
     "lm1b_transformer": {
@@ -335,6 +340,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "schedule": "cosine",
             "warmup_percent": 5.0,
         },
+        "eval": {"splits": ("validation", "test")},
         "train": {"steps": 1600},
     },
 }

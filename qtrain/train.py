@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import sys
 import threading
@@ -18,17 +17,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from qtrain import cost, data, manifest, processes, sharding, workdir
+from qtrain import cost, data, processes, sharding, workdir
 from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
-from qtrain.errors import UsageError
 from qtrain.evaluate import Evaluator
-from qtrain.experiment import Experiment, build, describe
-from qtrain.init_from import load_float
+from qtrain.experiment import Experiment, describe
 from qtrain.layer_metrics import make_layer_metrics
 from qtrain.progress import Progress
-from qtrain.reestimate import check_reestimation
 from qtrain.size import size_summary
+from qtrain.start import as_started, prepared
 from qtrain.state import TrainState, make_train_step, several_steps
 from qtrain.writers import MetricsWriter
 
@@ -66,74 +63,16 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
     """
     check_keys(config)
     processes.check_same(config.to_dict())
-    experiment, mesh, loaded = processes.together(lambda: _prepared(config, folder))
+    experiment, mesh, loaded = processes.together(lambda: prepared(config, folder))
     with _sigterm() as stopped:  # from here on there is something to save or to resume
         status = processes.on_first(lambda: workdir.prepare(folder, config.to_dict(), workdir.package_versions()))
         if status == "done":
             return processes.on_first(lambda: workdir.read_summary(folder))
-        experiment = _as_started(experiment, folder)
+        experiment = as_started(experiment, folder)
         quiet = quiet or not processes.first()
         if not quiet:
             print(describe(experiment), flush=True)
         return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
-
-
-def _prepared(config: ConfigDict, folder: str) -> tuple[Experiment, Mesh, dict[str, Any] | None]:
-    """What `config` stands for, on which devices, and what it starts from; nothing is written or compiled."""
-    mesh = sharding.make_mesh(config.mesh)
-    experiment = build(config)
-    if experiment.dataset.kind != "graph":
-        sharding.check_batch_size(config.data.batch_size, mesh, "data.batch_size")
-    if config.train.compilation_cache:
-        _keep_compilations(config.train.compilation_cache)
-    if config.eval.reestimate_batches:
-        variables = jax.eval_shape(experiment.initial_state).variables
-        check_reestimation(experiment.qmodel, variables, experiment.inputs(), config.eval.reestimate_batches)
-    return experiment, mesh, _loaded(experiment, folder, mesh)
-
-
-def _loaded(experiment: Experiment, folder: str, mesh: Mesh) -> dict[str, Any] | None:
-    """What `init_from` names, before anything is written; None where the run goes on from a checkpoint of its own."""
-    path = experiment.config.init_from
-    if not path or manifest.folders(Path(folder) / "checkpoints"):
-        return None
-    variables = jax.eval_shape(experiment.initial_state).variables
-    per_width, min_size = experiment.qmodel.held(variables).leaves, experiment.config.mesh.fsdp_min_size
-    return load_float(
-        path, variables, per_width=per_width, sharding=lambda shape: sharding.placed(mesh, shape, min_size)
-    )
-
-
-def _as_started(experiment: Experiment, folder: str) -> Experiment:
-    """The experiment with its layers carried out as when the run was started; that is written down the first time.
-
-    What is faster may look otherwise to another version or machine, and a resumed run is to do the same arithmetic.
-    """
-    if not experiment.plan.choices:
-        return experiment
-
-    own = {path: choice.to_json() for path, choice in experiment.plan.choices.items()}
-
-    def chosen() -> dict[str, Any]:
-        recorded = workdir.recorded(folder).get("execution")
-        if recorded is None:
-            workdir.record(folder, "execution", own)
-        return {"fresh": recorded is None, "choices": own if recorded is None else recorded}
-
-    found = processes.on_first(chosen)
-    if found["fresh"] and found["choices"] == own:
-        return experiment
-    return experiment.with_choices(found["choices"])
-
-
-def _keep_compilations(folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:  # JAX would warn at each compilation and go on without
-        reason = (error.strerror or str(error)).lower()
-        raise UsageError(f"train.compilation_cache={folder!r} cannot be created: {reason}; give a folder") from None
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 class _Run:
@@ -152,7 +91,7 @@ class _Run:
         self.per_dispatch = config.train.steps_per_dispatch
         self.profile = profile and processes.first()
         self.evaluator = Evaluator(experiment, mesh)
-        self._quality = f"test_{experiment.task.metric}"
+        self._quality = f"{config.eval.splits[0]}_{experiment.task.metric}"
         abstract = jax.eval_shape(experiment.initial_state)
         self.shardings = sharding.placed_tree(mesh, abstract, config.mesh.fsdp_min_size)
         self.step_fn = self._step_fn()

@@ -55,6 +55,9 @@ def test_trains_and_evaluates_by_the_mask(tmp_path):
     summary = train(config(), str(tmp_path / "run"), quiet=True)
     assert summary["test_accuracy"] > 0.9 and summary["compilations"] == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [row for row in rows if row["kind"] == "eval"]
+    assert all({"validation_accuracy", "test_accuracy", "validation_loss_float"} <= set(row) for row in evaluations)
+    assert any(row["validation_loss"] != row["test_loss"] for row in evaluations)
     # 20 of the 60 nodes are tested: other numbers would be of all.
     found = [value * 20 for row in rows for name, value in row.items() if name == "test_accuracy"]
     assert found and all(value == pytest.approx(round(value), abs=1e-4) for value in found)
@@ -67,6 +70,8 @@ def test_trains_and_evaluates_by_the_mask(tmp_path):
         ({"data__name": "digits"}, "model.name='gcn' does not suit data.name='digits', which is no graph"),
         ({"data__augment": ("flip",)}, "data.augment is .* leave it at"),
         ({"data__normalize_rows": False}, "which is for data.name='graph', not 'cora'"),
+        ({"eval__splits": ("valid",)}, "eval.splits has 'valid'; 'smoke:cora' has 'validation', 'test'.*'validation'"),
+        ({"eval__splits": ()}, r"eval.splits=\(\): give a tuple of different splits"),
         ({"model__norm": "layers"}, "model.norm='layers' is not allowed: one of none, layer"),
     ],
 )

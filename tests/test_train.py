@@ -20,8 +20,9 @@ from qtrain.errors import UsageError
 from qtrain.experiment import build
 from qtrain.precision import Precision
 from qtrain.quantizers import native
+from qtrain.start import as_started
 from qtrain.state import make_train_step
-from qtrain.train import Diverged, _as_started, _Run, train
+from qtrain.train import Diverged, _Run, train
 
 
 @pytest.fixture(scope="module")
@@ -442,11 +443,11 @@ def test_execution_is_recorded_before_anything_runs(tmp_path, monkeypatch):
     config, folder = native_config(), tmp_path / "run"
     monkeypatch.setattr(native, "slower", slow_weight_gradients)
     workdir.prepare(folder, config.to_dict(), {})
-    first = _as_started(build(config), folder)  # also after a kill between the two
+    first = as_started(build(config), folder)  # also after a kill between the two
     assert workdir.recorded(folder)["execution"] == {path: c.to_json() for path, c in first.plan.choices.items()}
     monkeypatch.setattr(native, "slower", slow_throughout)
     assert {row.execution for row in build(config).plan} == {"float"}
-    again = _as_started(build(config), folder)
+    again = as_started(build(config), folder)
     assert {path: c.paths for path, c in again.plan.choices.items()} == {
         p: c.paths for p, c in first.plan.choices.items()
     }
@@ -454,7 +455,7 @@ def test_execution_is_recorded_before_anything_runs(tmp_path, monkeypatch):
     assert again.qmodel.choices == again.plan.choices
     workdir.record(folder, "execution", {"Dense_0": {"forward": "int4"}})
     with pytest.raises(UsageError, match=r"execution\['Dense_0'\]\.forward='int4': give one of"):
-        _as_started(build(config), folder)
+        as_started(build(config), folder)
 
 
 def test_a_resumed_run_computes_as_it_was_started(tmp_path, monkeypatch, capsys):
