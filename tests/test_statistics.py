@@ -12,6 +12,7 @@ import scipy.stats
 from qtrain.errors import UsageError
 from qtrain.statistics import (
     area_between,
+    basic_ends,
     best_within,
     bootstrap_interval,
     draw_means,
@@ -53,6 +54,32 @@ def test_percentile_interval(n, level):
     assert bootstrap_interval(iter(values), level=level, draws=400, seed=5) == found
 
 
+def test_basic_interval():
+    values = [1.0, 2.0, 4.0, 9.0]
+    percentile, basic = (bootstrap_interval(values, draws=300, method=method) for method in ("percentile", "basic"))
+    assert basic[1:3] == (2 * 4.0 - percentile.high, 2 * 4.0 - percentile.low)
+    drawn = np.random.default_rng(0).normal(size=(101, 2))
+    low, high = basic_ends(np.array([1.0, 2.0]), drawn, 0.9)
+    np.testing.assert_allclose(
+        low, [2 * e - slow_percentile(column, 95) for e, column in zip((1, 2), drawn.T, strict=True)]
+    )
+    np.testing.assert_allclose(
+        high, [2 * e - slow_percentile(column, 5) for e, column in zip((1, 2), drawn.T, strict=True)]
+    )
+
+
+def test_percentiles_of_the_best_of_many_always_miss_and_reversed_ones_do_not():
+    """Twenty equal points: the best of their means is luck, which resampling adds again."""
+    held = np.zeros(2)
+    for trial in range(120):
+        values = np.random.default_rng(trial).normal(size=(20, 5))
+        drawn = draw_means([dict(enumerate(row)) for row in values], draws=200, seed=trial).max(1)
+        best = values.mean(1).max()
+        for index, (low, high) in enumerate((percentiles(drawn), basic_ends(best, drawn))):
+            held[index] += low <= 0 <= high
+    assert held[0] / 120 < 0.1 and held[1] / 120 > 0.4
+
+
 def slow_bca(values, statistic, level, draws, seed):
     normal, n = plain.NormalDist(), len(values)
     index = np.random.default_rng(seed).integers(0, n, (draws, n))
@@ -87,7 +114,7 @@ def test_other_statistics_and_no_spread():
     values = [1.0, 2.0, 4.0, 8.0, 100.0]
     found = bootstrap_interval(values, lambda each: np.median(each, axis=-1), draws=300)
     assert found.estimate == 4.0 and found.low in values and found.high in values
-    for method in ("percentile", "bca"):
+    for method in ("percentile", "basic", "bca"):
         assert bootstrap_interval([0.5] * 4, method=method) == (0.5, 0.5, 0.5, 4)
     one = bootstrap_interval([0.7])
     assert one.estimate == 0.7 and math.isnan(one.low) and math.isnan(one.high) and one.n == 1 and not one
@@ -240,7 +267,7 @@ def test_rank_correlation():
     [
         (lambda: bootstrap_interval([]), "at least one"),
         (lambda: bootstrap_interval([1.0, NAN]), "not finite"),
-        (lambda: bootstrap_interval([1.0, 2.0], method="basic"), "percentile, bca"),
+        (lambda: bootstrap_interval([1.0, 2.0], method="student"), "percentile, basic, bca"),
         (lambda: bootstrap_interval([1.0, 2.0], level=95), "between 0 and 1"),
         (lambda: bootstrap_interval([1.0, 2.0], draws=0), "at least 1"),
         (lambda: pareto_front([1.0], [1.0, 2.0]), "shapes"),

@@ -137,9 +137,10 @@ def _frontier(found: Means, group: str | None) -> Frontier:
     def volume(cost: np.ndarray, quality: np.ndarray) -> np.ndarray:
         return statistics.hypervolume(cost[..., mine], quality[..., mine], reference, maximize=maximize, log_cost=True)
 
+    value = float(volume(found.cost, found.quality))
     low, high = math.nan, math.nan
     if single < len(mine):
-        low, high = statistics.percentiles(volume(found.drawn_cost, found.drawn_quality), found.level)
+        low, high = statistics.basic_ends(value, volume(found.drawn_cost, found.drawn_quality), found.level)
     better = found.quality[mine] if maximize else -found.quality[mine]
     return Frontier(
         group=group,
@@ -147,7 +148,7 @@ def _frontier(found: Means, group: str | None) -> Frontier:
         points=len(mine),
         single=single,
         reference=reference,
-        hypervolume=Interval(float(volume(found.cost, found.quality)), low, high, int(found.seeds[mine].min())),
+        hypervolume=Interval(value, low, high, int(found.seeds[mine].min())),
         correlation=statistics.rank_correlation(found.cost[mine], better, level=found.level),
     )
 
@@ -180,7 +181,7 @@ def compare(found: Means, a: str, b: str) -> Comparison | None:
     def interval(estimate: float, values: np.ndarray) -> Interval:
         ends = (math.nan, math.nan)
         if single < len(both) and math.isfinite(estimate):
-            ends = statistics.percentiles(values, found.level)
+            ends = statistics.basic_ends(estimate, values, found.level)
         return Interval(estimate, *ends, seeds)
 
     return Comparison(

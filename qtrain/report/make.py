@@ -70,7 +70,7 @@ def make_report(
     unfinished = sum(not run.finished for run in runs)
     lead = f"{len(runs)} runs, {sum(len(f.points) for f in families)} points (runs that differ in their seeds alone)"
     lead += f", {unfinished} runs unfinished: marked, and in no mean." if unfinished else "."
-    lead += f" Intervals: percentile bootstrap over seeds, {100 * level:g} %, {draws} draws."
+    lead += f" Intervals: bootstrap over seeds, {100 * level:g} %, {draws} draws, percentiles for means."
     if few := _few_seeds(families, level):
         lead += few
     page = render(title, lead, found, sections)

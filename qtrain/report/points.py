@@ -104,7 +104,8 @@ def make_families(
             continue
         data = str(run.config.get("data.name", "unknown data")) + (" (smoke)" if run.config.get("smoke") else "")
         kinds.setdefault((data, judged), []).append(run)
-    families = [_family(data, judged, mine, notes, compare) for (data, judged), mine in sorted(kinds.items(), key=str)]
+    ordered = sorted(kinds.items(), key=lambda item: (item[0][0], item[0][1].name))
+    families = [_family(data, judged, mine, notes, compare) for (data, judged), mine in ordered]
     taken: set[str] = set()
     for family in families:
         wanted = family.slug = slug(f"{family.data}_{family.metric.name}")

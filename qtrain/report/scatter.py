@@ -96,12 +96,12 @@ def draw_comparison(means: Means, found: Comparison) -> bytes:
             means.drawn_cost[:, mine], means.drawn_quality[:, mine], budgets, maximize=maximize
         )
         upper.step(budgets, best[group], where="post", color=colour, linewidth=1.6, label=shortened(group))
-        _band(upper, budgets, drawn[group], means, colour)
+        _band(upper, budgets, best[group], drawn[group], means, colour)
         upper.plot(means.cost[mine], means.quality[mine], style(family.groups, group)[1], color=colour, alpha=0.3, ms=4)
     sign = 1 if family.metric.maximize else -1
     difference = sign * (best[found.a] - best[found.b])
     lower.step(budgets, difference, where="post", color="0.15", linewidth=1.4)
-    _band(lower, budgets, sign * (drawn[found.a] - drawn[found.b]), means, "0.15")
+    _band(lower, budgets, difference, sign * (drawn[found.a] - drawn[found.b]), means, "0.15")
     lower.axhline(0, color="0.5", linewidth=1, linestyle="--")
     for axes in (upper, lower):
         if np.isfinite(found.low) and found.high > found.low:
@@ -146,9 +146,9 @@ def _steps(axes: Any, costs: np.ndarray, qualities: np.ndarray, last: float, **l
     axes.step([*costs, last], [*qualities, qualities[-1]], where="post", **line)
 
 
-def _band(axes: Any, budgets: np.ndarray, drawn: np.ndarray, means: Means, colour: str) -> None:
+def _band(axes: Any, budgets: np.ndarray, best: np.ndarray, drawn: np.ndarray, means: Means, colour: str) -> None:
     if means.seeds.max() > 1:
-        low, high = statistics.percentiles(drawn, means.level)
+        low, high = statistics.basic_ends(best, drawn, means.level)
         axes.fill_between(budgets, low, high, step="post", color=colour, alpha=0.2, linewidth=0)
 
 

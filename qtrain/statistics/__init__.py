@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from qtrain.statistics.intervals import DRAWS, Interval, bootstrap_interval, draw_means, percentiles
+from qtrain.statistics.intervals import DRAWS, Interval, basic_ends, bootstrap_interval, draw_means, percentiles
 from qtrain.statistics.pareto import AreaBetween, area_between, best_within, hypervolume, pareto_front
 from qtrain.statistics.ranks import rank_correlation
 
@@ -15,6 +15,7 @@ __all__ = [
     "AreaBetween",
     "Interval",
     "area_between",
+    "basic_ends",
     "best_within",
     "bootstrap_interval",
     "draw_means",

@@ -10,7 +10,7 @@ import numpy as np
 from qtrain.errors import UsageError
 
 DRAWS = 2000
-METHODS = ("percentile", "bca")
+METHODS = ("percentile", "basic", "bca")
 
 
 class Interval(NamedTuple):
@@ -45,19 +45,20 @@ def bootstrap_interval(
     With θ̂ = statistic(values) and θ* the statistic of n values drawn from them with replacement, `draws` times::
 
         percentile   [Q(α/2), Q(1 − α/2)],  Q the quantiles of θ*,  α = 1 − level
+        basic        [2θ̂ − Q(1 − α/2), 2θ̂ − Q(α/2)]
         bca          [Q(β(z_{α/2})), Q(β(z_{1−α/2}))],  β(z) = Φ(z₀ + (z₀ + z)/(1 − a(z₀ + z)))
                      z₀ = Φ⁻¹(share of θ* below θ̂, ties half),  a = Σd³/(6(Σd²)^1.5),  d = θ̄₍·₎ − θ₍ᵢ₎ (jackknife)
 
     Few values make any such interval too narrow. Measured for the mean of normal values at level 0.95 (8000 trials), it
     covers the truth in 50 % of cases for n = 2, 75 % for 3, 79 % for 4, 84 % for 5, 90 % for 10 and 92 % for 20; BCa no
-    more often (1500 trials).
+    more often (1500 trials). For what picks the largest of several means, such as a frontier, see `basic_ends`.
 
     Args:
       values: n finite numbers, in any iterable.
       statistic: from [..., n] to [...]; the mean unless given.
       level: of confidence, between 0 and 1.
       draws: resamples.
-      method: "percentile" or "bca" (bias-corrected and accelerated).
+      method: "percentile", "basic" (reversed percentiles) or "bca" (bias-corrected and accelerated).
       seed: of the resampling, so that a report is the same twice.
 
     Returns:
@@ -67,7 +68,8 @@ def bootstrap_interval(
       UsageError: no values, values that are not finite, another method, a level outside (0, 1), no draws.
 
     References:
-      Efron and Tibshirani, An Introduction to the Bootstrap (1993), equations 13.5, 14.10, 14.14 and 14.15.
+      Efron and Tibshirani, An Introduction to the Bootstrap (1993), equations 13.5, 14.10, 14.14 and 14.15; Davison and
+      Hinkley, Bootstrap Methods and their Application (1997), equation 2.10, for the basic interval.
 
     >>> bootstrap_interval([1.0, 2.0, 3.0, 4.0])
     Interval(estimate=2.5, low=1.5, high=3.5, n=4)
@@ -85,6 +87,8 @@ def bootstrap_interval(
     if method == "bca":
         tails = _corrected(found, statistic, estimate, drawn, tails)
     low, high = np.percentile(drawn, tails)
+    if method == "basic":
+        low, high = 2 * estimate - high, 2 * estimate - low
     return Interval(estimate, float(low), float(high), n)
 
 
@@ -133,6 +137,31 @@ def percentiles(drawn: np.ndarray, level: float = 0.95) -> tuple[Any, Any]:
     if broken.any():  # some draws have no value, such as two frontiers that share no cost
         low, high = (np.where(broken, np.nan, end) for end in (low, high))
     return (low, high) if np.ndim(low) else (float(low), float(high))
+
+
+def basic_ends(estimate: Any, drawn: np.ndarray, level: float = 0.95) -> tuple[Any, Any]:
+    """The ends of the basic bootstrap interval, 2θ̂ − Q(1 − α/2) and 2θ̂ − Q(α/2), Q over the first axis of `drawn`.
+
+    For statistics that pick the best of several noisy means: frontiers, their hypervolumes, the area between two. Such
+    a number is too high by what luck adds to the best, and resampled it is too high once more by about as much, so that
+    percentiles may always miss the truth. Turned round, they take the luck back; θ̂ may then lie at the upper end.
+    Measured at level 0.95 (300 trials, 16 to 70 points, a spread over seeds of 0.3 and 1 points of accuracy), the share
+    of intervals that hold the truth, which is lower yet (0.5) for the best of 20 equal points:
+
+    ========================  ===========  ===========  ===========
+    .                         3 seeds      5 seeds      10 seeds
+    ========================  ===========  ===========  ===========
+    hypervolume, basic        0.81 – 0.87  0.81 – 0.88  0.88 – 0.93
+    hypervolume, percentiles  0.00 – 0.51  0.00 – 0.74  0.01 – 0.88
+    area, basic               0.72 – 0.76  0.82 – 0.88  0.88 – 0.91
+    area, percentiles         0.41 – 0.77  0.45 – 0.87  0.58 – 0.93
+    ========================  ===========  ===========  ===========
+
+    >>> basic_ends(10.0, np.array([10.0, 11.0, 12.0]), level=0.5)
+    (8.5, 9.5)
+    """
+    low, high = percentiles(drawn, level)
+    return 2 * estimate - high, 2 * estimate - low
 
 
 def _checked(values: Any) -> np.ndarray:
