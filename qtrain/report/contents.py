@@ -236,9 +236,9 @@ def _saving(point: Point) -> float | None:
 _AREAS = (
     "The hypervolume is the area between a frontier and the reference, over log10 of the cost: only comparable within "
     "one data set, metric and cost. A frontier of means over few seeds picks lucky points, the more so the more points "
-    "there are to pick from; its interval (basic bootstrap) takes that luck back, so the number may lie at its upper end."
+    "there are to pick from. Its interval (basic bootstrap) takes the luck back; the number may lie at its upper end."
 )
 _CHANCES = (
-    "Above zero: A is better at equal cost. The group with more points has more chances to be lucky: the interval (basic "
+    "Above zero: A is better at equal cost. The group with more points has more chances to be lucky; its interval (basic "
     "bootstrap) takes the luck of both back, the number itself does not."
 )
