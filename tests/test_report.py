@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -373,6 +375,14 @@ def test_order_and_numbers():
         "1.000 M",
         "0.5",
     ]
+
+
+def test_the_code_of_the_documentation_runs():
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(block, names)
+    assert names["front"].tolist() == [0, 1]
 
 
 def test_families_without_a_finished_run(tmp_path):

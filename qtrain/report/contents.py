@@ -239,6 +239,6 @@ _AREAS = (
     "there are to pick from. Its interval (basic bootstrap) takes the luck back; the number may lie at its upper end."
 )
 _CHANCES = (
-    "Above zero: A is better at equal cost. The group with more points has more chances to be lucky; its interval (basic "
-    "bootstrap) takes the luck of both back, the number itself does not."
+    "Above zero: A is better at equal cost. The group with more points has more chances to be lucky. The interval, a "
+    "basic bootstrap, takes the luck of both back; the number itself does not."
 )

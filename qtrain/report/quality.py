@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.report.runs import Run
 
-TEXT = ("tiny_shakespeare", "text", "synthetic_text")
-"""Data sets whose models predict the next token: they are judged by their loss."""
+TEXT = ("tiny_shakespeare", "lm1b", "python_reference", "text", "synthetic_text")
+"""Data sets whose models predict the next token, and are judged by their loss; `qtrain.data` has them, and JAX."""
 LOWER = ("loss", "perplexity", "error")
 """Words in the name of a metric that say that less is better."""
 SHARES = ("accuracy", "map")
