@@ -26,8 +26,9 @@ def check_mesh(config: Mapping[str, Any]) -> None:
       UsageError: a size that is neither -1 nor at least 1, or -1 twice; a threshold below 0.
     """
     for axis in AXES:
-        if isinstance(config[axis], bool) or not (config[axis] == -1 or config[axis] >= 1):
-            raise UsageError(f"mesh.{axis}={config[axis]}: give a number of devices, or -1 for all that are left")
+        size = config[axis]
+        if isinstance(size, bool) or not isinstance(size, int) or not (size == -1 or size >= 1):
+            raise UsageError(f"mesh.{axis}={size!r}: give a whole number of devices, or -1 for all that are left")
     if config["data"] == config["fsdp"] == -1:
         raise UsageError("mesh.data=-1, mesh.fsdp=-1: only one axis can take all that are left; give the other's size")
     if config["fsdp_min_size"] < 0:

@@ -1,4 +1,4 @@
-"""What happens before a run trains: a config made into an experiment on devices, as the run was started."""
+"""What a run starts with: its experiment, devices and parameters, all mistakes found before a file is written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ from qtrain.reestimate import check_reestimation
 
 
 def prepared(config: ConfigDict, folder: str) -> tuple[Experiment, Mesh, dict[str, Any] | None]:
-    """What `config` stands for, on which devices, and what it starts from; nothing is written or compiled."""
+    """What `config` stands for, the devices, and what it starts from; no file of the run is written, nothing compiled.
+
+    Raises:
+      UsageError: for a mistake in the config, or a folder or checkpoint that it names.
+    """
     mesh = sharding.make_mesh(config.mesh)
     experiment = build(config)
     if experiment.dataset.kind != "graph":

@@ -213,11 +213,12 @@ class _Run:
             params = loaded.pop("params")
             state = dataclasses.replace(state, params=params, collections={**state.collections, **loaded})
         if experiment.learns:
-            with self._first_batches() as batches:
+            # On one device whatever the mesh: the last bit of a learned scale decides rounding ties from the start.
+            with self._first_batches(alone=True) as batches:
                 inputs = experiment.task.inputs(next(batches))
             dropout, quant = jax.random.split(jax.random.key(self.config.seed))
             variables = experiment.qmodel.calibrate(
-                self._at_hand(state.variables),
+                sharding.to_host(state.variables),
                 inputs,
                 bits=jax.tree.map(np.float32, experiment.precision_at(0)),
                 rngs={"dropout": dropout, "quant": quant},
@@ -225,23 +226,19 @@ class _Run:
             )
             state = dataclasses.replace(state, quant=jax.device_put(variables["quant"], shardings.quant))
         if begin is not None:
-            with self._first_batches() as batches:
-                controller = begin(self._at_hand(state.variables), batches)
+            alone = jax.process_count() > 1
+            with self._first_batches(alone) as batches:
+                controller = begin(sharding.to_host(state.variables) if alone else state.variables, batches)
             state = dataclasses.replace(state, controller=jax.device_put(controller, shardings.controller))
         trained = {"params": state.params, "quant": state.quant}
         init = jax.jit(experiment.optimizer.init, out_shardings=shardings.opt_state)
         return jax.device_put(dataclasses.replace(state, opt_state=init(trained)), shardings)
 
     @contextmanager
-    def _first_batches(self) -> Iterator[Iterator[Any]]:
-        """The first batches for what is made once, outside the step: by each of several processes alone, all rows."""
-        alone = jax.process_count() > 1
+    def _first_batches(self, alone: bool) -> Iterator[Iterator[Any]]:
+        """The first batches for what is made once, outside the step: all rows for each process, or over the mesh."""
         with self.experiment.train_batches(*((0, 1) if alone else ())) as batches:
             yield batches if alone else (sharding.shard_batch(rows, self.mesh) for rows in batches)
-
-    def _at_hand(self, variables: Any) -> Any:
-        """`variables` for the same: on the devices, or of several processes whole on each one's host."""
-        return sharding.to_host(variables) if jax.process_count() > 1 else variables
 
     def _next(self, batches: Iterator[dict[str, np.ndarray]]) -> Any:
         if self.per_dispatch == 1:

@@ -63,7 +63,8 @@ class Run:
 
     def start(self, workdir, flags=(), signal=0, devices=1, config="config.py"):
         arguments = ["train", "--config", self.folder / config, "--workdir", workdir, "--quiet", *flags]
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        flags_of_xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        environment = {"XLA_FLAGS": flags_of_xla}  # what takes long is compiling
         return start([signal, *arguments], code=PROGRAM, environment=environment, cwd=self.folder)
 
     def two(self, workdir, signals=(0, 0), configs=("config.py", "config.py")):
@@ -79,7 +80,8 @@ class Run:
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_two_devices(tmp_path):
     run = Run(tmp_path)
-    alone = run.start(tmp_path / "alone", devices=2)
+    code, _, error = finished(run.start(tmp_path / "alone", devices=2), timeout=600)
+    assert code == 0, error
 
     # SIGTERM to the second alone: both stop at the step at which both know of it.
     for code, _, error in run.two(run.workdir, signals=(0, 6)):
@@ -88,17 +90,15 @@ def test_two_processes_train_as_one_with_two_devices(tmp_path):
     assert {path.name for path in (run.workdir / "checkpoints").iterdir()} == {"6", "7"}
     (first, out, error), (second, silent, other) = run.two(run.workdir)
     assert (first, second) == (0, 0), error + other
-    assert "test_accuracy" in out and not silent
-    assert finished(alone, timeout=600)[0] == 0
+    assert "test_accuracy" in out and "test_accuracy" not in silent
 
     assert json.loads((run.workdir / "config.json").read_text())["processes"] == 2
     assert summary(run.workdir)["steps"] == 24 and summary(run.workdir)["compilations"] == 1
     written, expected = rows(run.workdir), rows(tmp_path / "alone")
     assert [row["step"] for row in written] == [row["step"] for row in expected]
     for row, wanted in zip(written, expected, strict=True):
-        assert row == {
-            name: pytest.approx(value, rel=1e-5) if name != "kind" else value for name, value in wanted.items()
-        }
+        close = {name: value if value is None else pytest.approx(value, rel=1e-5) for name, value in wanted.items()}
+        assert row == {**close, "kind": wanted["kind"]}
     config = overrides.load(str(run.folder / "config.py"))
     states = [final_state(config, folder) for folder in (run.workdir, tmp_path / "alone")]
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(states[0]), jax.tree.leaves(states[1]), strict=True):
