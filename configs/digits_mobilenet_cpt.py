@@ -1,8 +1,8 @@
 """A small MobileNetV2 on the digits under cyclic precision training, CR 3-8 bits, gradients 8.
 
 Inverted residuals of depthwise convolutions, width 0.25, three stages. The depthwise kernels, one per channel, are
-quantized like the others; what the residual sums keep is a knob of its own:
---config.quant.rules='({"path": ".*/residual", ...},)'.
+quantized like the others. What the residual sums keep is a knob of its own, float unless a rule says otherwise:
+--config.quant.rules='({"path": ".*/residual", "ops": ("output",), "acts": 8, "act_quantizer": "affine/tensor"},)'
 Command: qtrain train --config configs/digits_mobilenet_cpt.py --workdir runs/mobilenet
 """
 

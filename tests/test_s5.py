@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qtrain
+from qtrain import Precision, Rule, quantize
 from qtrain.errors import UsageError
 from qtrain.models.s5 import S5LM, S5Classifier
 from qtrain.models.s5_dynamics import (
@@ -22,7 +23,7 @@ from qtrain.models.s5_dynamics import (
     parallel_recurrence,
     zero_order_hold,
 )
-from qtrain.models.s5_ssm import DISCRETISATIONS, PARAMETRISATIONS, SSM, as_naive
+from qtrain.models.s5_ssm import DISCRETISATIONS, PARAMETRISATIONS, SSM, Recurrence, as_naive
 from qtrain.quantizers import Uniform
 
 SMALL = {"features": 5, "state_size": 8, "blocks": 2}
@@ -347,3 +348,31 @@ def test_mistakes_of_the_models_are_named():
         jax.eval_shape(S5Classifier(num_classes=3, activation="glu").init, jax.random.key(0), jnp.ones((1, 3, 1)))
     with pytest.raises(UsageError, match=r"\(batch, length, channels\)"):
         jax.eval_shape(S5Classifier(num_classes=3).init, jax.random.key(0), jnp.ones((1, 3)))
+
+
+@pytest.mark.parametrize("kind", ["parallel", "sequential"])
+def test_a_rule_on_the_state_quantizes_in_the_recurrence_or_behind_it(kind):
+    """Sequential: what is rounded is what the next step begins with. Parallel: only what leaves the scan is rounded."""
+    rng = np.random.default_rng(0)
+    angle, radius = rng.uniform(0, 3, 3), rng.uniform(0.5, 0.95, 3)
+    transition = (radius * np.exp(1j * angle)).astype(np.complex64)
+    inputs = (rng.normal(size=(2, 6, 3)) + 1j * rng.normal(size=(2, 6, 3))).astype(np.complex64)
+    quantizer = Uniform("symmetric", per="tensor")
+    rule = Rule(path="value", ops=("output",), acts=4, act_quantizer=quantizer)
+    model = quantize(Recurrence(kind), (rule,))
+    found = jax.jit(model.apply, static_argnames="bits")({}, transition, inputs, bits=Precision())
+
+    def rounded(x):
+        def part(values):
+            scale = np.abs(values).max() / 7
+            return np.clip(np.rint(values / scale), -7, 7) * scale
+
+        return part(x.real) + 1j * part(x.imag)
+
+    states, x = [], np.zeros((2, 3), np.complex64)
+    for step in range(6):
+        x = transition * x + inputs[:, step]
+        x = rounded(x) if kind == "sequential" else x
+        states.append(x)
+    expected = np.stack(states, 1)
+    np.testing.assert_allclose(found, expected if kind == "sequential" else rounded(expected), atol=1e-5)
