@@ -2,7 +2,7 @@
 
 SGD at 0.1 with momentum 0.9, batch 128, decay 1e-4, crop and flip, each batch at every width, first and last layer at
 8 bits. The length (160 epochs) and the schedule of the rate are those of cifar10_resnet20_cpt: the authors' we could
-not read. Scales and offsets have the rate 0.01, at which the digits train as well with SGD as with Adam.
+not read. Scales and offsets have the rate 0.01.
 Command: qtrain train --config configs/cifar10_resnet20_multi_precision.py --workdir runs/r20 --config.data.dir=FOLDER
 The paper's other set: --config.multi_precision.widths=4,3,2 --config.data.repeat=3
 Made for a GPU; hardware and time: not measured. Expected: not measured by us; the paper gives 92.25/92.32/92.09/90.19 %
