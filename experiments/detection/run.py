@@ -1,7 +1,7 @@
 """Scenes of digits: float, static precision and the cyclic schedule CR 3–8, and a picture of what is found.
 
     python experiments/detection/run.py --arms float "CR 3-8" --seeds 0 --workdir runs/detection
-    python experiments/detection/run.py --draw runs/detection/float_0    # scenes.png, of a run that is there
+    python experiments/detection/run.py --draw runs/detection/float_0_1500    # scenes.png, of a run that is there
     python experiments/detection/run.py --table
 
 Writes a JSON line a run to results.jsonl; runs that have one are not repeated. What counts is the last step.
@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 
 from qtrain import data
 from qtrain.state import make_eval_step
@@ -39,7 +40,7 @@ LEAST_SCORE = 0.4
 """Of the boxes that are drawn; the average precision counts all from 0.05 on."""
 
 
-def config_of(arm: str, seed: int) -> Any:
+def config_of(arm: str, seed: int, steps: int) -> Any:
     """The config of an arm: that of the repository at other bits."""
     spec = importlib.util.spec_from_file_location("config", CONFIG)
     assert spec is not None and spec.loader is not None
@@ -48,6 +49,7 @@ def config_of(arm: str, seed: int) -> Any:
     config = module.get_config()
     with config.unlocked():
         config.seed = config.data.seed = seed
+        config.train.steps = steps
         if arm == "float":
             config.quant.update(weights="none", acts="none", grads="none", rules=())
             config.schedule.update(name="float")
@@ -77,7 +79,8 @@ def draw(folder: Path) -> None:
         rows = zip(*(found[name][index][chosen] for name in ("boxes", "scores", "classes")), strict=True)
         for box, score, label in rows:
             _box(axes, box, "#f39c12", "-")
-            axes.text(box[1], box[0] - 0.6, f"{label}  {score:.2f}", color="#f39c12", fontsize=8, va="bottom")
+            text = axes.text(box[1], box[0] - 0.6, f"{label}  {score:.2f}", color="#f39c12", fontsize=8, va="bottom")
+            text.set_path_effects([withStroke(linewidth=2, foreground="black")])
         axes.set_axis_off()
     figure.suptitle("Test scenes: boxes found (orange; class, score) and boxes there (blue)", fontsize=12)
     figure.savefig(HERE / "scenes.png", dpi=110)
@@ -90,12 +93,13 @@ def _box(axes: Any, box: np.ndarray, colour: str, line: str) -> None:
 
 def table(results: list[dict[str, Any]]) -> None:
     """The lines as a Markdown table."""
-    print("| arm | seed | mAP@.5 | mAP@[.5:.95] | test loss | BitOps saved | s |")
-    print("|---|---|---|---|---|---|---|")
-    for row in sorted(results, key=lambda row: (ARMS.index(row["arm"]), row["seed"])):
-        shown = (f"{row[name]:.3f}" for name in ("test_map50", "test_map", "test_loss"))
-        saved = "" if row["arm"] == "float" else f"{100 * row['saving']:.1f} %"
-        print(f"| {row['arm']} | {row['seed']} | {' | '.join(shown)} | {saved} | {row['wall_seconds']:.0f} |")
+    print("| arm | steps | seed | mAP@.5 | mAP@[.5:.95] | test loss | BitOps saved against constant bits | CPU s | s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row in sorted(results, key=lambda row: (row["steps"], ARMS.index(row["arm"]), row["seed"])):
+        shown = [f"{row[name]:.3f}" for name in ("test_map50", "test_map", "test_loss")]
+        shown.append("" if row["arm"] == "float" else f"{100 * row['saving']:.1f} %")
+        shown += [f"{row[name]:.0f}" if name in row else "" for name in ("cpu_seconds", "wall_seconds")]
+        print(f"| {row['arm']} | {row['steps']} | {row['seed']} | {' | '.join(shown)} |")
 
 
 def main() -> None:
@@ -103,6 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--workdir", type=Path, default=Path("runs/detection"))
     parser.add_argument("--draw", type=Path, metavar="RUN")
     parser.add_argument("--table", action="store_true")
@@ -115,14 +120,14 @@ def main() -> None:
     if arguments.table:
         table(results)
         return
-    done = {(row["arm"], row["seed"]) for row in results}
+    done = {(row["arm"], row["seed"], row["steps"]) for row in results}
     for seed in arguments.seeds:
         for arm in arguments.arms:
-            if (arm, seed) in done:
+            if (arm, seed, arguments.steps) in done:
                 continue
-            folder = arguments.workdir / f"{arm.replace(' ', '_')}_{seed}"
+            folder = arguments.workdir / f"{arm.replace(' ', '_')}_{seed}_{arguments.steps}"
             started = time.process_time()
-            summary = train(config_of(arm, seed), str(folder))
+            summary = train(config_of(arm, seed, arguments.steps), str(folder))
             seconds = round(time.process_time() - started, 1)
             rate = read_metrics(folder, "train")[-1]["steps_per_second"]
             row = {"arm": arm, "seed": seed, **{name: summary[name] for name in KEPT}}
