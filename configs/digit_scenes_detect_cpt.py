@@ -3,6 +3,8 @@
 1 to 5 real digits at 8 to 24 pixels on 64x64, training scenes of training digits, test scenes of test digits. CR:
 weights and activations follow a cosine from 3 to 8 bits, 8 times; gradients 8 bits, stochastic. The first layer and the
 last of each subnet stay at 8 bits.
+Time: 230 CPU seconds for 1,000 of its 1,500 steps, compilation included. Expected mAP@.5: float32 0.93 (seed 0); after
+1,000 steps CR 0.70 and float32 0.86 (seed 0, experiments/detection).
 Command: qtrain train --config configs/digit_scenes_detect_cpt.py --workdir runs/digit_scenes
 """
 

@@ -189,7 +189,7 @@ TASKS: dict[str, dict[str, Any]] = {
             "octaves": 2,
         },
         "optimizer": {"name": "adam", "learning_rate": 2e-3, "schedule": "cosine", "warmup_percent": 5.0},
-        "train": {"steps": 1000},
+        "train": {"steps": 1500},
         "eval": {"batch_size": 64},
     },
     "voc_detect": {
