@@ -128,7 +128,7 @@ def main() -> None:
             "peak_bytes": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             "files": len(files),
             "page_bytes": (report / "index.html").stat().st_size,
-            "command": "python benchmarks/report.py " + " ".join(sys.argv[1:]),
+            "command": f"python benchmarks/report.py --runs {arguments.runs} --rows {arguments.rows}",
             "date": datetime.date.today().isoformat(),
             "hardware": f"{os.cpu_count()} CPU cores (shared), load {os.getloadavg()[0]:.1f}",
         }
