@@ -1,7 +1,7 @@
 """An S5 state-space model on the digits, pixel by pixel, under cyclic precision training, CR 3-8 bits, gradients 8.
 
-Two bidirectional layers of width 32, 64 steps of time. B, C and the other dense layers follow the schedule, A is held at
-16 bits; D, the step and the state are float unless rules name them (".*/ssm/D" and ".*/discretisation/.*" with
+Two bidirectional layers of width 32, 64 steps of time. B, C and the other dense layers follow the schedule, A is held
+at 16 bits; D, the step and the state are float unless rules name them (".*/ssm/D" and ".*/discretisation/.*" with
 ops=("param",), ".*/state.*/value" with ops=("output",)).
 Command: qtrain train --config configs/sequential_digits_s5_cpt.py --workdir runs/s5
 """
