@@ -25,6 +25,18 @@ def _imagenet(model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _cifar(learning_rate: float) -> dict[str, Any]:
+    """The optimizer of the CIFAR recipes: a tenth of the rate after half, and a tenth of that after three quarters."""
+    return {
+        "name": "sgd",
+        "learning_rate": learning_rate,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "schedule": "step",
+        "boundaries_percent": (50, 75),
+    }
+
+
 def _state_space(learning_rate: float) -> tuple[dict[str, Any], ...]:
     """The parameters of the S5 recurrence, which the authors train at a slower rate, without decay."""
     names = "A/.*|B_real/kernel|B_imag/kernel|discretisation/.*"
@@ -87,14 +99,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "cifar10_resnet20": {
         "data": {"name": "cifar10", "batch_size": 128, "augment": ("crop", "flip")},
         "model": {"name": "resnet", "depth": 20},
-        "optimizer": {
-            "name": "sgd",
-            "learning_rate": 0.1,
-            "momentum": 0.9,
-            "weight_decay": 1e-4,
-            "schedule": "step",
-            "boundaries_percent": (50, 75),
-        },
+        "optimizer": _cifar(0.1),
         "train": {"steps": 64_000},
     },
     "cifar10_cnn": {
@@ -106,14 +111,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "cifar100_mobilenet": {
         "data": {"name": "cifar100", "batch_size": 128, "augment": ("crop", "flip")},
         "model": {"name": "mobilenet", "reduction": 8},
-        "optimizer": {
-            "name": "sgd",
-            "learning_rate": 0.03,
-            "momentum": 0.9,
-            "weight_decay": 1e-4,
-            "schedule": "step",
-            "boundaries_percent": (50, 75),
-        },
+        "optimizer": _cifar(0.03),
         "train": {"steps": 64_000},
     },
     "sequential_digits_s5": {
@@ -330,11 +328,11 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "tiny_shakespeare_transformer": {
         "data": {"name": "tiny_shakespeare", "batch_size": 16, "length": 128},
-        "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4, "dropout": 0.1},
+        "model": {"name": "transformer", "num_layers": 4, "width": 128, "num_heads": 4},
         "quant": {"ops": ("weighted", "attention")},
         "optimizer": {
             "name": "adamw",
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "weight_decay": 0.01,
             "clip_norm": 1.0,
             "schedule": "cosine",
