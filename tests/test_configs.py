@@ -76,7 +76,21 @@ def test_says_what_it_is(name):
     assert f"qtrain train --config configs/{name}.py --workdir" in docstring
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Deep networks take long to trace, and each has a sibling of the same network or method.
+LONG_PLANS = (
+    "imagenet_resnet18_multi_precision",
+    "imagenet_resnet18_trs",
+    "imagenet_resnet50_multi_precision",
+    "imagenet_vit_trs",
+    "lm1b_transformer_cpt",
+    "sequential_cifar10_s5_cpt",
+    "sequential_mnist_s5_cpt",
+)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG_PLANS else []) for name in NAMES]
+)
 def test_golden_plan(name):
     config = load(name).copy_and_resolve_references()
     if config.data.name == "cora" and not CORA.is_file():
@@ -104,18 +118,27 @@ def assert_trained(before, after):
 
 # Each has a sibling of the same network and method.
 SLOW = (
+    "cifar100_mobilenet_cpt",
     "cifar100_resnet20_trs",
     "cifar10_cnn_nested",
-    "cifar10_resnet20_trs",
     "cifar10_resnet20_multi_precision",
+    "cifar10_resnet20_trs",
+    "cylinder_bell_funnel_s5_cpt",
+    "digit_scenes_detect_cpt",  # tests/test_detector.py trains it",
     "digits_cnn_adaptive",
-    "digit_scenes_detect_cpt",  # tests/test_detector.py trains it
     "digits_cnn_deficit",
+    "digits_resnet_cpt",
+    "digits_resnet_finetune",
     "digits_resnet_multi_precision",
     "imagenet_resnet18_multi_precision",
     "imagenet_resnet18_trs",
     "imagenet_resnet50_multi_precision",
+    "imagenet_vit_trs",
+    "lm1b_transformer_cpt",
     "mnist_cnn_multi_precision",
+    "sequential_cifar10_s5_cpt",
+    "sequential_mnist_s5_cpt",
+    "text_lstm_cpt",
     "voc_detect_cpt",
 )
 
@@ -159,7 +182,13 @@ def test_smoke_trains(name, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "DONE").exists()
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(task, marks=[pytest.mark.slow] if task.startswith(("imagenet", "voc", "lm1b")) else [])
+        for task in sorted(TASKS)
+    ],
+)
 def test_one_line_changes_the_task(task, tmp_path):
     text = (CONFIGS / "digits_cnn_cpt.py").read_text()
     assert text.count('base_config("digits_cnn")') == 1

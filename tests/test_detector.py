@@ -166,6 +166,7 @@ def test_distillation_is_refused():
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_trains_evaluates_and_refuses_what_needs_logits(tmp_path):
     # One level, weights and activations alone: what takes the time is compiling.
     small = config(model__levels=(3,), quant__grads="none", quant__rules=())

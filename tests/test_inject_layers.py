@@ -188,7 +188,9 @@ def test_a_table_that_is_looked_up():
     assert cost.count(lambda v, t: qmodel.apply(v, t, bits=bits(3.0)), {"params": params}, tokens).forward == 0
 
 
-@pytest.mark.parametrize("quantizer", [CHANNEL, LSQ()], ids=lambda q: q.describe())
+@pytest.mark.parametrize(
+    "quantizer", [CHANNEL, pytest.param(LSQ(), marks=pytest.mark.slow)], ids=lambda q: q.describe()
+)
 def test_a_fused_cell_is_the_unfused_one(quantizer):
     """The same rows, the same bits: outputs, gradients, and what quantizers have learned."""
     tokens = np.array([[0, 3, 3], [6, 0, 1]])

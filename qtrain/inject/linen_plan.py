@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qtrain.cost.count import count
-from qtrain.errors import UsageError, did_you_mean
+from qtrain.errors import UsageError
 from qtrain.inject import per_width as per_widths
 from qtrain.inject.checks import Bits
 from qtrain.inject.execution import Choice
@@ -108,13 +108,7 @@ class Planned(Passes):
 
     def _choices(self, resolved: Resolved) -> dict[str, Choice]:
         """The choice of each layer whose rule asks for more than float arithmetic."""
-        for path in self.choices:
-            if path not in resolved.assigned and path not in resolved.skipped:
-                near = did_you_mean(path, resolved.assigned)
-                raise UsageError(f"execution[{path!r}]: no layer of that path is quantized.{near}")
-        rules = {path: self.expanded[index] for path, index in resolved.assigned.items()}
-        products = {path: rule for path, rule in rules.items() if resolved.records[path].contraction is not None}
-        asked = {path: rule for path, rule in products.items() if rule.execution != "fake"}
+        asked = resolved.executed(self.expanded, self.choices)
         return {path: self._choose(rule, resolved.records[path]) for path, rule in asked.items()}
 
     def with_choices(self, choices: Mapping[str, Choice | Mapping[str, Any]]) -> Self:

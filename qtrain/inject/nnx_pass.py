@@ -94,13 +94,7 @@ class Settings:
         Raises:
           UsageError: for a choice of a layer that is not quantized.
         """
-        for path in self.choices:
-            if path not in resolved.assigned and path not in resolved.skipped:
-                near = did_you_mean(path, resolved.assigned)
-                raise UsageError(f"execution[{path!r}]: no layer of that path is quantized.{near}")
-        rules = {path: self.expanded[index] for path, index in resolved.assigned.items()}
-        products = {path: rule for path, rule in rules.items() if resolved.records[path].contraction is not None}
-        asked = {path: rule for path, rule in products.items() if rule.execution != "fake"}
+        asked = resolved.executed(self.expanded, self.choices)
         return {path: self.choose(rule, resolved.records[path]) for path, rule in asked.items()}
 
 

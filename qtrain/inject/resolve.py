@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from qtrain.errors import UsageError
+from qtrain.errors import UsageError, did_you_mean
 from qtrain.inject.assignment import assign, check_rules
 from qtrain.inject.per_width import Held
 from qtrain.inject.rows_in_use import Table
@@ -45,6 +45,20 @@ class Resolved:
             own = fields | ({"acts_rhs": "act"} if self.records[path].op == "attention" else {})
             found |= {(path, kind): getattr(rules[index], f"{field}_quantizer") for kind, field in own.items()}
         return {owner: quantizer for owner, quantizer in found.items() if quantizer is not None}
+
+    def executed(self, rules: Sequence[Rule], choices: Collection[str] = ()) -> dict[str, Rule]:
+        """The layers whose rule asks for more than float arithmetic; `choices`: paths for which that was decided.
+
+        Raises:
+          UsageError: for a choice of a layer that is not quantized.
+        """
+        for path in choices:
+            if path not in self.assigned and path not in self.skipped:
+                near = did_you_mean(path, self.assigned)
+                raise UsageError(f"execution[{path!r}]: no layer of that path is quantized.{near}")
+        own = {path: rules[index] for path, index in self.assigned.items()}
+        products = {path: rule for path, rule in own.items() if self.records[path].contraction is not None}
+        return {path: rule for path, rule in products.items() if rule.execution != "fake"}
 
     @property
     def inside(self) -> frozenset[str]:
