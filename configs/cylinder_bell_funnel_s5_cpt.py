@@ -2,6 +2,7 @@
 
 The three shapes are generated: 128 noisy steps each. Two layers of width 16; A is held at 16 bits.
 Command: qtrain train --config configs/cylinder_bell_funnel_s5_cpt.py --workdir runs/cbf
+Expected: not measured.
 """
 
 from qtrain.config import base_config, finish

@@ -4,6 +4,7 @@ Inverted residuals of depthwise convolutions, width 0.25, three stages. The dept
 quantized like the others. What the residual sums keep is a knob of its own, float unless a rule says otherwise:
 --config.quant.rules='({"path": ".*/residual", "ops": ("output",), "acts": 8, "act_quantizer": "affine/tensor"},)'
 Command: qtrain train --config configs/digits_mobilenet_cpt.py --workdir runs/mobilenet
+Expected test accuracy: 96.7 % (seed 0), in float 95.8; 3 minutes on one busy CPU core.
 """
 
 from qtrain.config import base_config, finish

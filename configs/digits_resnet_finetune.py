@@ -4,6 +4,7 @@ A fifth of the steps of training from scratch, at a tenth of the rate.
 Command: qtrain train --config configs/digits_resnet_finetune.py --workdir runs/tuned --config.init_from=runs/float
 Before that the float run: qtrain train --config configs/digits_resnet_cpt.py --workdir runs/float
 --config.schedule.name=float --config.schedule.grads.name=float
+Expected: not measured.
 """
 
 from qtrain.config import base_config, finish

@@ -2,6 +2,7 @@
 
 Four layers of width 64 on 16 patches of 2x2 pixels; AdamW. The products of attention are quantized too.
 Command: qtrain train --config configs/digits_vit_cpt.py --workdir runs/vit
+Expected test accuracy: 94.4 % (seed 0), in float 98.1; 3 minutes on one busy CPU core.
 """
 
 from qtrain.config import base_config, finish

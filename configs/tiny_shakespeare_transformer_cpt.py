@@ -1,7 +1,7 @@
 """A byte-level transformer on tiny_shakespeare under cyclic precision training, CR 4-8 bits, gradients 8.
 
-Time: 5 steps a second on two CPU cores, 13 minutes. Expected: not measured at full length; 200 steps reach a test loss
-of 2.56 nats per byte (seed 0, --config.train.steps=200).
+Time: 27 minutes on part of one busy CPU core, 8 minutes of CPU time. Expected test loss: 1.77 nats a byte (seed 0), in
+float 1.73.
 Command: qtrain train --config configs/tiny_shakespeare_transformer_cpt.py --workdir runs/lm --config.data.dir=FOLDER
 """
 
