@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +48,12 @@ class Evaluator:
             return measure(average, index, whole(variables), batch, bits)
 
         self._reestimate = jax.jit(reestimate_step, out_shardings=everywhere)
+
+    def of(self, experiment: Experiment) -> Evaluator:
+        """The same programs for a run that differs in its schedules or its seed alone."""
+        other = copy.copy(self)
+        other._experiment = experiment
+        return other
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """``{split}_loss`` and ``{split}_accuracy`` at q_max, ``…_scheduled`` at the last step's bits, ``…_float``.

@@ -28,8 +28,8 @@ from qtrain.inject import (
     quantize,
 )
 from qtrain.inject.execution import Choice
-from qtrain.losses import penalty_from_config
-from qtrain.losses.budget import budget_from_config, initial_controller
+from qtrain.losses import Penalty, penalty_from_config
+from qtrain.losses.budget import Budget, budget_from_config, initial_controller
 from qtrain.losses.thresholds import thresholds_from_config
 from qtrain.methods import aqt, multi_precision
 from qtrain.methods.multi_precision import MultiPrecision
@@ -43,6 +43,7 @@ from qtrain.schedules import PrecisionSchedule
 from qtrain.sensitivity import weight_traces
 from qtrain.sharding import check_mesh
 from qtrain.state import NOTHING, TrainState, create
+from qtrain.tables import Tables, tabulate
 from qtrain.tasks import IMAGES, Task, task_for
 from qtrain.widths import Widths
 
@@ -63,6 +64,10 @@ class Experiment:
       steps_per_update: training steps whose gradients are averaged into one update.
       additions: what the method adds to the train step.
       task: what is learned.
+      losses: the loss terms among the additions.
+      budget: likewise, of learned widths.
+      optimizer_at: the optimizer at another learning rate, a function of its updates.
+      reads: where precisions are read from; None: `schedule` is evaluated.
     """
 
     config: ConfigDict
@@ -83,15 +88,38 @@ class Experiment:
     steps_per_update: int = 1
     additions: Additions = NOTHING
     task: Task = IMAGES
+    losses: Penalty | None = None
+    budget: Budget | None = None
+    optimizer_at: Callable[[optax.Schedule], optax.GradientTransformation] | None = None
+    reads: Tables | None = None
 
     @property
     def q_max(self) -> Precision:
         """The highest precision of the schedule."""
         return self.schedule.q_max
 
+    def tables(self) -> Tables:
+        """What of the config is data to the train step, step by step."""
+        bits = None if self.fixed is not None else self.schedule
+        return tabulate(bits, self.learning_rate, self.losses, self.total_steps, self.steps_per_update)
+
+    def bound(self, tables: Tables) -> Experiment:
+        """The same, reading its schedules from `tables`, which may be traced: a program for all that differ in them."""
+        assert self.optimizer_at is not None
+        rate = tables.rate
+        additions = self.additions
+        if self.losses is not None:
+            losses = dataclasses.replace(self.losses, rates=tables.losses)
+            additions = dataclasses.replace(additions, penalty=_penalty(losses, self.budget))
+        return dataclasses.replace(
+            self, reads=tables, optimizer=self.optimizer_at(rate), learning_rate=rate, additions=additions
+        )
+
     def precision(self, step: Any) -> Precision:
         """The precision of a step."""
-        return self.schedule(step) if self.fixed is None else self.fixed
+        if self.fixed is not None:
+            return self.fixed
+        return self.schedule(step) if self.reads is None else self.reads.precision(step)
 
     def precision_at(self, step: int) -> Precision:
         """The precision of a step as Python numbers; None where a kind is not quantized."""
@@ -112,8 +140,8 @@ class Experiment:
         part = jax.process_index() if index is None else index, jax.process_count() if count is None else count
         return data.train_iterator(self.dataset, self.config.data.batch_size, self.config.data.seed, *part, **arguments)
 
-    def initial_state(self, seed: int | None = None) -> TrainState:
-        """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's."""
+    def initial_state(self, seed: Any = None) -> TrainState:
+        """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's; traced."""
         inputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), self.inputs())
         seed = self.config.seed if seed is None else seed
         return create(self.qmodel, self.optimizer, seed, inputs, self.additions, self.task)
@@ -148,8 +176,8 @@ class Experiment:
         }
 
 
-def build(config: ConfigDict) -> Experiment:
-    """Resolve a config.
+def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
+    """Resolve a config; with `dataset`, what its section ``data`` names and was read before.
 
     Raises:
       UsageError: for whatever is wrong with it, before anything is compiled or written.
@@ -158,7 +186,7 @@ def build(config: ConfigDict) -> Experiment:
     check_values(config)
     check_mesh(config.mesh)
     method = multi_precision.from_config(config.multi_precision, config.quant.recipe)
-    dataset = data.load(config.data, smoke=config.smoke)
+    dataset = data.load(config.data, smoke=config.smoke) if dataset is None else dataset
     steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size) * config.data.repeat
     total_steps = _total_steps(config, steps_per_epoch)
     schedule = _schedule(config, method, total_steps)
@@ -196,10 +224,16 @@ def build(config: ConfigDict) -> Experiment:
     fields, scales = config.optimizer.to_dict(), None
     if method is not None:
         fields, scales = method.optimizer_fields(fields), method.scales()
-    transform, learning_rate = optimizer(fields, total_steps, steps_per_epoch, groups, scales)
-    additions = _additions(config, widths, schedule.q_max, total_steps)
+
+    def optimizer_at(rate: optax.Schedule | None) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        transform, rate = optimizer(fields, total_steps, steps_per_epoch, groups, scales, rate)
+        return transform if method is None else method.optimizer(transform), rate
+
+    transform, learning_rate = optimizer_at(None)
+    losses = _losses(config, widths, schedule.q_max, total_steps)
+    budget = budget_from_config(config.budget.to_dict(), widths, schedule.q_max, total_steps)
+    additions = _additions(config, widths, losses, budget, total_steps)
     if method is not None:
-        transform = method.optimizer(transform)
         additions = method.add_to(additions, qmodel, inputs)
         lengths = steps_per_epoch, total_steps
         additions = method.switching.add_to(
@@ -230,6 +264,9 @@ def build(config: ConfigDict) -> Experiment:
         steps_per_update=fields["accumulate_steps"],
         additions=additions,
         task=task,
+        losses=losses,
+        budget=budget,
+        optimizer_at=lambda rate: optimizer_at(rate)[0],
     )
 
 
@@ -271,14 +308,19 @@ def _schedule(config: ConfigDict, method: MultiPrecision | None, total_steps: in
     return schedule
 
 
-def _additions(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Additions:
+def _losses(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Penalty | None:
     if config.optimizer.name in TRANSITION and config.losses.inverse_scale.rate:
         raise UsageError(
             f"losses.inverse_scale.rate={config.losses.inverse_scale.rate}: optimizer.name={config.optimizer.name!r} "
             "freezes the scales of the weights, which this term is about; set it to 0, or use another optimizer"
         )
-    losses = penalty_from_config(config.losses.to_dict(), latent_weights(widths.weights, q_max), total_steps)
-    budget = budget_from_config(config.budget.to_dict(), widths, q_max, total_steps)
+    return penalty_from_config(config.losses.to_dict(), latent_weights(widths.weights, q_max), total_steps)
+
+
+def _penalty(losses: Penalty | None, budget: Budget | None) -> Callable[..., tuple[Any, Any]] | None:
+    """The loss terms and the budget as `Additions` has them."""
+    if losses is None and budget is None:
+        return None
 
     def penalty(step: Any, params: Any, quant: Any, bits: Any, controller: Any) -> tuple[Any, Any]:
         added = 0.0 if losses is None else losses(step, params, quant, bits)
@@ -287,11 +329,17 @@ def _additions(config: ConfigDict, widths: Widths, q_max: Precision, total_steps
         more, steering = budget(step, params, quant, bits, controller)
         return added + more, {**controller, **steering}
 
+    return penalty
+
+
+def _additions(
+    config: ConfigDict, widths: Widths, losses: Penalty | None, budget: Budget | None, total_steps: int
+) -> Additions:
     def update_arguments(precision: Precision, bits: Bits, trained: Any) -> dict[str, Any]:
         return {"bits": bits_tree(widths.weights, bits)} if widths.weights else {}
 
     return Additions(
-        penalty=None if losses is None and budget is None else penalty,
+        penalty=_penalty(losses, budget),
         controller=dict if budget is None else initial_controller,
         update_arguments=update_arguments,
         scheduled=thresholds_from_config(config.quant.threshold.to_dict(), widths.weights, total_steps),

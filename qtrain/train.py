@@ -6,8 +6,8 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from ml_collections import ConfigDict
 from qtrain import cost, data, processes, sharding, workdir
 from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
-from qtrain.evaluate import Evaluator
 from qtrain.experiment import Experiment, describe
-from qtrain.layer_metrics import make_layer_metrics
+from qtrain.programs import Programs
 from qtrain.progress import Progress
 from qtrain.size import size_summary
 from qtrain.start import as_started, prepared
-from qtrain.state import TrainState, make_train_step, several_steps
+from qtrain.state import TrainState
 from qtrain.writers import MetricsWriter
 
 PROFILED_STEPS = (10, 20)
@@ -76,6 +75,8 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
 
 
 class _Run:
+    """One run in its folder: its state, rows, evaluations, checkpoints and summary; the steps are taken by `drive`."""
+
     def __init__(
         self,
         experiment: Experiment,
@@ -85,20 +86,19 @@ class _Run:
         quiet: bool,
         profile: bool,
         loaded: dict[str, Any] | None,
+        programs: Programs | None = None,
     ):
         self.experiment, self.folder, self.mesh = experiment, folder, mesh
         self.config = config = experiment.config
         self.per_dispatch = config.train.steps_per_dispatch
         self.profile = profile and processes.first()
-        self.evaluator = Evaluator(experiment, mesh)
+        self.programs = Programs(experiment, mesh) if programs is None else programs
+        self.evaluator = self.programs.evaluator.of(experiment)
         self._quality = f"{config.eval.splits[0]}_{experiment.task.metric}"
-        abstract = jax.eval_shape(experiment.initial_state)
-        self.shardings = sharding.placed_tree(mesh, abstract, config.mesh.fsdp_min_size)
-        self.step_fn = self._step_fn()
-        everywhere = sharding.replicated(mesh)
-        measure = make_layer_metrics(experiment)
-        self.layer_metrics = None if measure is None else jax.jit(measure, out_shardings=everywhere)
-        self.key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=everywhere)()
+        self.shardings = self.programs.shardings
+        self.schedules = experiment.tables()
+        self.tables = self.programs.placed(self.schedules)
+        self.key = self.programs.key(config.seed)
         self.fingerprint = data.fingerprint(
             experiment.dataset, config.data.batch_size, config.data.seed, config.data.repeat
         )
@@ -112,81 +112,70 @@ class _Run:
         )
         self.evaluated: dict[str, float] = {}
         self.evaluated_at = -1
+        self.pending: tuple[int, Mapping[str, Any], dict[str, Any]] | None = None
         self.rows: Any = None  # of the batch that is on the devices
         self.batch: Any = None
-        several = jax.process_count() > 1
-        self.asks = {value: processes.flag(value, mesh) for value in (False, True)} if several else None
         self.asked = False  # whether some process was asked to stop, known to all at the same step
 
-    def _step_fn(self) -> jax.stages.Wrapped:
-        """The compiled train step; of several processes, also with a part each of whether to stop."""
-        experiment, config, mesh = self.experiment, self.config, self.mesh
-        step: Any = make_train_step(
-            experiment.qmodel,
-            experiment.optimizer,
-            experiment.precision,
-            experiment.plan.ops,
-            config.train.log_every_steps,
-            experiment.additions,
-            experiment.task,
-            sharding.gather(mesh, config.mesh.fsdp_min_size),
-        )
-        if self.per_dispatch > 1:
-            step = several_steps(step)
-
-        def asking(state: TrainState, batch: Any, key: jax.Array, stop: jax.Array) -> tuple[TrainState, dict[str, Any]]:
-            state, out = step(state, batch, key)
-            return state, {**out, "stop": jnp.any(stop)}
-
-        everywhere, graph = sharding.replicated(mesh), experiment.dataset.kind == "graph"
-        batch = everywhere if graph else sharding.split(mesh, axis=int(self.per_dispatch > 1))
-        several = jax.process_count() > 1
-        return jax.jit(
-            asking if several else step,
-            donate_argnums=0,
-            in_shardings=(self.shardings, batch, everywhere, *[sharding.split(mesh)] * several),
-            out_shardings=(self.shardings, everywhere),
-        )
-
     def __call__(self, stopped: threading.Event) -> dict[str, Any]:
-        config, total = self.config, self.experiment.total_steps
-        batches = self.experiment.train_batches(start_step=self.start, repeat=config.data.repeat)
-        pending: tuple[int, dict[str, Any]] | None = None
-        step = self.start
-        with batches, self.checkpoints, self.writer, self.progress:
-            while step < total:
-                stop = stopped.is_set() if self.asks is None else self.asked
-                evaluate = step > self.start and _due(step, self.experiment.eval_every)
-                save = step > self.start and _due(step, self.experiment.checkpoint_every)
-                if evaluate or save or stop:
-                    self._handle(pending)
-                    pending = None
-                if evaluate:
-                    self._evaluate(step)
-                if save:
-                    self._save(step)
-                if stop:
-                    if step > self.start or not self.start:
-                        self._save(step, wait=True)
-                    raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
-                self._profile(step)
-                batch = self._next(batches)
-                asks = () if self.asks is None else (self.asks[stopped.is_set()],)
-                self.state, out = self.step_fn(self.state, batch, self.key, *asks)
-                step += self.per_dispatch
-                if self.layer_metrics is not None and step % config.train.log_every_steps == 0:
-                    out["layers"] = self.layer_metrics(self.state)
-                # The step before is looked at only now, while this one runs.
-                self._handle(pending)
-                pending = step, out
-            self._handle(pending)
-            self._profile(total)
-            self._evaluate(total, write=self.start < total)
-            if self.start < total:
-                self._save(total, wait=True)
-            summary = self._summary()
-        processes.on_first(lambda: workdir.finish(self.folder, summary))
-        return summary
+        return drive([self], Interleaved(self.programs), stopped)[0]
+
+    def __enter__(self) -> _Run:
+        with ExitStack() as entered:
+            for part in (self.checkpoints, self.writer, self.progress):
+                entered.enter_context(part)
+            self._entered = entered.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what is being written; again: nothing."""
+        self._entered.close()
+
+    def due(self, step: int) -> bool:
+        """Whether the state is evaluated or saved before `step` is taken."""
+        return step > self.start and (
+            _due(step, self.experiment.eval_every) or _due(step, self.experiment.checkpoint_every)
+        )
+
+    def measured(self, step: int) -> bool:
+        """Whether metrics are made of the state that `step` steps have led to."""
+        return self.programs.layer_metrics is not None and step % self.config.train.log_every_steps == 0
+
+    def before(self, step: int, stop: bool) -> None:
+        """What is to be done of the state after `step` steps, before the next one changes it."""
+        if self.due(step) or stop:
+            self._settle()
+        if step > self.start and _due(step, self.experiment.eval_every):
+            self._evaluate(step)
+        if step > self.start and _due(step, self.experiment.checkpoint_every):
+            self._save(step)
+        if stop and (step > self.start or not self.start):
+            self._save(step, wait=True)
+        if not stop:
+            self._profile(step)
+
+    def after(self, step: int, out: Mapping[str, Any]) -> None:
+        """`out` is what the dispatch that ends at `step` leaves; that of the one before is looked at, meanwhile."""
+        layers = self.programs.layer_metrics(self.state, self.tables) if self.measured(step) else {}  # type: ignore[misc]
+        self._settle()
+        self.pending = step, out, layers
+
+    def end(self) -> dict[str, Any]:
+        """Evaluate and save the final state; the summary."""
+        total = self.experiment.total_steps
+        self._settle()
+        self._profile(total)
+        self._evaluate(total, write=self.start < total)
+        if self.start < total:
+            self._save(total, wait=True)
+        return self._summary()
+
+    def _settle(self) -> None:
+        pending, self.pending = self.pending, None
+        self._handle(pending)
 
     def _initial_state(self, resume: bool, loaded: dict[str, Any] | None) -> TrainState:
         if resume:
@@ -200,8 +189,7 @@ class _Run:
                 data.check_fingerprint(restored.metadata["fingerprint"], self.fingerprint)
                 self.metadata = restored.metadata
                 return restored.state
-        state = jax.jit(self.experiment.initial_state, out_shardings=self.shardings)()
-        return self._begun(state, loaded)
+        return self._begun(self.programs.initial_state(self.config.seed), loaded)
 
     def _begun(self, state: TrainState, loaded: dict[str, Any] | None) -> TrainState:
         """`state` with the parameters to start from, and quantizers that begin with these and the first batch."""
@@ -249,11 +237,11 @@ class _Run:
         stack = [next(batches) for _ in range(self.per_dispatch)]
         return sharding.shard_batch({name: np.stack([b[name] for b in stack]) for name in stack[0]}, self.mesh, axis=1)
 
-    def _handle(self, pending: tuple[int, dict[str, Any]] | None) -> None:
+    def _handle(self, pending: tuple[int, Mapping[str, Any], dict[str, Any]] | None) -> None:
         """Check, show and write what a finished dispatch left."""
         if pending is None:
             return
-        step, out = pending
+        step, out, layers = pending
         self.asked = bool(out.get("stop", False))
         losses, norms = (np.atleast_1d(np.asarray(out[name])) for name in ("loss", "grad_norm"))
         bits = np.asarray(out["bits"]).reshape(-1, 3)
@@ -277,12 +265,12 @@ class _Run:
             values = {name: float(value) for name, value in averages.compute().items()}
             if not self.experiment.additions.penalises:
                 del values["penalty"]
-            values |= {name: float(value) for name, value in out.get("layers", {}).items()}
+            values |= {name: float(value) for name, value in layers.items()}
             updates = (step - 1) // self.experiment.steps_per_update
             row = {
                 **values,
                 "effective_bitops": cost.value(bitops),
-                "learning_rate": float(self.experiment.learning_rate(updates)),
+                "learning_rate": float(self.schedules.learning_rate[updates]),
                 **dict(zip(("bits_weights", "bits_acts", "bits_grads"), bits[-1].tolist(), strict=True)),
                 "steps_per_second": self.progress.steps_per_second,
             }
@@ -305,8 +293,7 @@ class _Run:
         self.checkpoints.save(step, self.state, metadata, metrics, wait=wait)
 
     def _compilations(self) -> int:
-        # No public function tells how many programs a jitted function has.
-        return max(self.metadata["compilations"], self.step_fn._cache_size())  # type: ignore[attr-defined]
+        return max(self.metadata["compilations"], self.programs.compilations())
 
     def _profile(self, step: int) -> None:
         dispatches = (self.experiment.total_steps - self.start) // self.per_dispatch
@@ -340,6 +327,99 @@ class _Run:
             **size_summary(self.experiment.weights, self.state.params, self.state.quant, stored),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
         }
+
+
+class Interleaved:
+    """Steps of one run after another by the same program."""
+
+    def __init__(self, programs: Programs):
+        self._step, self._mesh = programs.step, programs.mesh
+        several = jax.process_count() > 1
+        self._asks = {value: processes.flag(value, self._mesh) for value in (False, True)} if several else None
+
+    def __call__(self, runs: Sequence[_Run], batch: Any, stop: bool) -> Iterator[tuple[_Run, Mapping[str, Any]]]:
+        """Take a step of each of `runs`, and give it with what the step leaves; `stop`: this process is asked to."""
+        asks = () if self._asks is None else (self._asks[stop],)
+        for run in runs:
+            run.state, out = self._step(run.state, batch, run.key, run.tables, *asks)
+            yield run, out
+
+    def settle(self, run: _Run) -> None:
+        """Bring ``run.state`` up to date."""
+
+
+def drive(
+    runs: Sequence[_Run],
+    dispatch: Any,
+    stopped: threading.Event,
+    failed: Callable[[_Run, Exception], None] | None = None,
+    progress: Callable[[int, int], Any] = lambda step, active: None,
+) -> list[dict[str, Any]]:
+    """Take the steps of runs that read the same batches, from where each of them is to the end.
+
+    Args:
+      runs: of the same length and dispatch.
+      dispatch: `Interleaved`, or what takes the steps otherwise.
+      stopped: set to stop after the step in progress.
+      failed: told of a run that fails, without which the others go on; None: the failure is raised.
+      progress: told of each dispatch: steps so far, and how many runs are under way.
+
+    Returns:
+      The summaries of the runs that did not fail.
+
+    Raises:
+      Preempted: when stopped, once every run is saved.
+    """
+    leader, total = runs[0], runs[0].experiment.total_steps
+    step = min(run.start for run in runs)
+    active = list(runs)
+
+    def each(of: Sequence[_Run], work: Callable[..., Any], *arguments: Any) -> list[Any]:
+        found = []
+        for run in of:
+            try:
+                found.append(work(run, *arguments))
+            except Exception as error:
+                if failed is None:
+                    raise
+                active.remove(run)
+                failed(run, error)
+                run.close()
+        return found
+
+    def before(run: _Run, step: int, stop: bool) -> None:
+        if stop or run.due(step):
+            dispatch.settle(run)
+        run.before(step, stop)
+
+    def after(run: _Run, step: int, out: Mapping[str, Any]) -> None:
+        if run.measured(step):
+            dispatch.settle(run)
+        run.after(step, out)
+
+    def finish(run: _Run) -> dict[str, Any]:
+        dispatch.settle(run)
+        summary = run.end()
+        run.close()
+        processes.on_first(lambda: workdir.finish(run.folder, summary))
+        return summary
+
+    batches = leader.experiment.train_batches(start_step=step, repeat=leader.config.data.repeat)
+    with batches, ExitStack() as opened:
+        for run in runs:
+            opened.enter_context(run)
+        while step < total and active:
+            stop = stopped.is_set() if jax.process_count() == 1 else leader.asked
+            each([run for run in active if run.start <= step], before, step, stop)
+            if stop:
+                raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
+            batch = leader._next(batches)
+            here = [run for run in active if run.start <= step]
+            step += leader.per_dispatch
+            for run, out in dispatch(here, batch, stopped.is_set()):
+                each([run], after, step, out)
+            progress(step, len(active))
+        return each(list(active), finish)
 
 
 def _due(step: int, every: int) -> bool:

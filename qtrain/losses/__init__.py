@@ -4,8 +4,17 @@ A term is a function ``(weights, params, quant, precision) -> float32 scalar`` o
 (`qtrain.inject.Weight`), the parameters, what quantizers have learned, and the step's precision.
 """
 
-from qtrain.losses.build import LOSSES, penalty_from_config
+from qtrain.losses.build import LOSSES, Penalty, penalty_from_config
 from qtrain.losses.shares import SCHEDULES
 from qtrain.losses.terms import bin_count, dampening, deviation, inverse_scale
 
-__all__ = ["LOSSES", "SCHEDULES", "bin_count", "dampening", "deviation", "inverse_scale", "penalty_from_config"]
+__all__ = [
+    "LOSSES",
+    "SCHEDULES",
+    "Penalty",
+    "bin_count",
+    "dampening",
+    "deviation",
+    "inverse_scale",
+    "penalty_from_config",
+]

@@ -76,6 +76,7 @@ def optimizer(
     steps_per_epoch: int,
     groups: Groups | None = None,
     scales: ScaleTransform | None = None,
+    learning_rate: optax.Schedule | None = None,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The optimizer a config names: clipping, weight decay, the transform, accumulation.
 
@@ -97,6 +98,7 @@ def optimizer(
       scales: ``(learning rate, direction) -> transform`` of learned scales, in place of the named optimizer's;
         `direction` is a transform that makes the gradient with its weight decay. None: scales are optimized as named.
         The other learned quantizer parameters (offsets) are, in either case.
+      learning_rate: in place of the config's schedule, of which it gives the values.
 
     Returns:
       The transform, and the learning rate as a function of its updates. A transform with a transition rate needs
@@ -116,7 +118,7 @@ def optimizer(
         _at_least_zero(f"optimizer.{key}", config[key])
     if not 0 <= config["momentum"] < 1:
         raise UsageError(f"optimizer.momentum={config['momentum']!r}: give a number from 0 to below 1")
-    schedule = learning_rate_schedule(config, total_steps, steps_per_epoch, every)
+    schedule = learning_rate or learning_rate_schedule(config, total_steps, steps_per_epoch, every)
     held = frozenset() if groups is None else groups.held
     ordinary = by_path_groups(
         config["groups"],

@@ -1,0 +1,106 @@
+"""The compiled programs of a run, which runs that differ only in what is data to them share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from qtrain import sharding
+from qtrain.evaluate import Evaluator
+from qtrain.experiment import Experiment
+from qtrain.layer_metrics import make_layer_metrics
+from qtrain.state import TrainState, make_train_step, several_steps
+from qtrain.tables import Tables
+
+Array = jax.Array
+
+
+class Programs:
+    """What an experiment compiles; schedules and the seed are arguments of it, see `Tables`.
+
+    Args:
+      experiment: what is trained.
+      mesh: the devices.
+
+    Attributes:
+      shardings: where a state lies.
+      step: ``(state, batch, key, tables[, stop]) -> (state, outputs)``, donating the state; of several processes with a
+        part each of whether to stop.
+      layer_metrics: ``(state, tables) -> {name: scalar}``, or None.
+      evaluator: of the state.
+    """
+
+    def __init__(self, experiment: Experiment, mesh: Mesh):
+        self.experiment, self.mesh = experiment, mesh
+        self.per_dispatch = experiment.config.train.steps_per_dispatch
+        everywhere = sharding.replicated(mesh)
+        abstract = jax.eval_shape(experiment.initial_state)
+        self.shardings = sharding.placed_tree(mesh, abstract, experiment.config.mesh.fsdp_min_size)
+        self.evaluator = Evaluator(experiment, mesh)
+        several = jax.process_count() > 1
+        graph = experiment.dataset.kind == "graph"
+        self.batch = everywhere if graph else sharding.split(mesh, axis=int(self.per_dispatch > 1))
+        self.step = jax.jit(
+            self._asking if several else self.train_step,
+            donate_argnums=0,
+            in_shardings=(self.shardings, self.batch, everywhere, everywhere, *[sharding.split(mesh)] * several),
+            out_shardings=(self.shardings, everywhere),
+        )
+        self._initial = jax.jit(experiment.initial_state, out_shardings=self.shardings)
+        self._key = jax.jit(jax.random.key, out_shardings=everywhere)
+        measures = make_layer_metrics(experiment) is not None
+        self.layer_metrics = jax.jit(self._layer_metrics, out_shardings=everywhere) if measures else None
+
+    def train_step(self, state: TrainState, batch: Any, key: Array, tables: Tables) -> tuple[TrainState, Any]:
+        """A dispatch: a step, or several over batches stacked on a leading axis; pure, to be compiled."""
+        experiment = self.experiment.bound(tables)
+        step = make_train_step(
+            experiment.qmodel,
+            experiment.optimizer,
+            experiment.precision,
+            experiment.plan.ops,
+            experiment.config.train.log_every_steps,
+            experiment.additions,
+            experiment.task,
+            sharding.gather(self.mesh, experiment.config.mesh.fsdp_min_size),
+        )
+        return (several_steps(step) if self.per_dispatch > 1 else step)(state, batch, key)
+
+    def initial_state(self, seed: int) -> TrainState:
+        """The state at step 0."""
+        return self._initial(_seed(seed))
+
+    def key(self, seed: int) -> Array:
+        """The key of a run's steps."""
+        return self._key(_seed(seed))
+
+    def placed(self, tables: Tables) -> Tables:
+        """The tables on every device."""
+        everywhere = sharding.replicated(self.mesh)
+        return jax.tree.map(lambda table: jax.make_array_from_process_local_data(everywhere, table), tables)
+
+    def compilations(self) -> int:
+        """How many programs the train step has: 1, or something made of data a constant."""
+        # No public function tells how many programs a jitted function has.
+        return self.step._cache_size()  # type: ignore[attr-defined]
+
+    def _asking(
+        self, state: TrainState, batch: Any, key: Array, tables: Tables, stop: Array
+    ) -> tuple[TrainState, dict[str, Any]]:
+        state, out = self.train_step(state, batch, key, tables)
+        return state, {**out, "stop": jnp.any(stop)}
+
+    def _layer_metrics(self, state: TrainState, tables: Tables) -> dict[str, Array]:
+        measure = make_layer_metrics(self.experiment.bound(tables))
+        assert measure is not None
+        return measure(state)
+
+
+def _seed(seed: int) -> np.ndarray:
+    """A seed as an argument of a program, by which ``jax.random.key`` makes the key that it makes of the number."""
+    wide = np.int64(seed)
+    return np.asarray(wide if jax.config.jax_enable_x64 else wide.astype(np.int32))
