@@ -189,7 +189,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     dataset = data.load(config.data, smoke=config.smoke) if dataset is None else dataset
     steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size) * config.data.repeat
     total_steps = _total_steps(config, steps_per_epoch)
-    schedule = _schedule(config, method, total_steps)
+    schedule = schedule_of(config, method, total_steps)
     fields = config.model.to_dict()
     _check_suits(fields.get("name"), dataset, config.data.name)
     _check_splits(config.eval.splits, dataset)
@@ -209,7 +209,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
         schedule = dataclasses.replace(schedule, weights=fixed.weights, acts=fixed.acts, grads=None)
         qmodel = quantize(module, aqt.aqt_rules(rules), execute=aqt.execute)
     else:
-        narrowest = _narrowest(schedule, total_steps, rules)
+        narrowest = narrowest_of(schedule, total_steps, rules)
         qmodel = quantize(module, rules, widest=schedule.q_max, narrowest=narrowest, per_width=per_width)
     inputs = _inputs(dataset, config.data.batch_size)
     plan = qmodel.plan(inputs, train=True)
@@ -230,7 +230,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
         return transform if method is None else method.optimizer(transform), rate
 
     transform, learning_rate = optimizer_at(None)
-    losses = _losses(config, widths, schedule.q_max, total_steps)
+    losses = losses_of(config, widths, schedule.q_max, total_steps)
     budget = budget_from_config(config.budget.to_dict(), widths, schedule.q_max, total_steps)
     additions = _additions(config, widths, losses, budget, total_steps)
     if method is not None:
@@ -297,7 +297,12 @@ def _check_suits(name: Any, dataset: Dataset, data_name: str) -> None:
             )
 
 
-def _schedule(config: ConfigDict, method: MultiPrecision | None, total_steps: int) -> PrecisionSchedule:
+def schedule_of(config: ConfigDict, method: MultiPrecision | None, total_steps: int) -> PrecisionSchedule:
+    """The schedules of a config, as its method of several widths takes them.
+
+    Raises:
+      UsageError: for a wrong value.
+    """
     fields = config.schedule.to_dict()
     if method is None:
         return schedules.precisions_from_config(fields, total_steps)
@@ -308,7 +313,12 @@ def _schedule(config: ConfigDict, method: MultiPrecision | None, total_steps: in
     return schedule
 
 
-def _losses(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Penalty | None:
+def losses_of(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Penalty | None:
+    """The loss terms of a config.
+
+    Raises:
+      UsageError: for a wrong value, or a term that the quantizers or the optimizer do not go with.
+    """
     if config.optimizer.name in TRANSITION and config.losses.inverse_scale.rate:
         raise UsageError(
             f"losses.inverse_scale.rate={config.losses.inverse_scale.rate}: optimizer.name={config.optimizer.name!r} "
@@ -364,7 +374,7 @@ def describe(experiment: Experiment) -> str:
     )
 
 
-def _narrowest(schedule: PrecisionSchedule, total_steps: int, rules: tuple[Rule, ...]) -> Precision:
+def narrowest_of(schedule: PrecisionSchedule, total_steps: int, rules: tuple[Rule, ...]) -> Precision:
     """The fewest bits of each kind over the run, where that says whether codes of 8 bits can ever hold them."""
     if all(rule.execution == "fake" for rule in rules):
         return Precision()

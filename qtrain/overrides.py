@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import inspect
 import os
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +44,7 @@ def parse(command: str, values: flags.FlagValues, arguments: Sequence[str]) -> C
     config = load(source)
     for argument in rest:
         if override := _OVERRIDE.match(argument):
-            _check_key(config, override[1])
+            check_key(config, override[1], f"--config.{override[1]}")
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=[command, *rest])
         left = values([command, *rest])
@@ -74,13 +75,51 @@ def load(source: str) -> ConfigDict:
         folder = os.path.dirname(path) or "."
         near = os.listdir(folder) if os.path.isdir(folder) else []
         raise UsageError(f"{named}: no such file.{did_you_mean(os.path.basename(path), near)}")
-    try:
+    with _running(path, named):
         get_config = getattr(_module(path), "get_config", None)
         if not callable(get_config):
             raise UsageError(f"{named} defines no function get_config(); write one that returns a ConfigDict")
         if colon and not inspect.signature(get_config).parameters:
             raise UsageError(f"{named}: its get_config() takes no argument; leave out ':{argument}'")
         config = get_config(argument) if colon else get_config()
+    if not isinstance(config, ConfigDict):
+        raise UsageError(f"{named}: get_config() returned {config!r:.60}; return the ConfigDict of base_config(...)")
+    return config.lock()
+
+
+def sweep(source: str) -> list[Any]:
+    """What ``sweep()`` of a config file yields; it is given the argument of ``FILE:ARGUMENT`` if it takes one.
+
+    Raises:
+      UsageError: as `load`; a file without ``sweep``, or one that yields nothing that can be iterated over.
+    """
+    path, _, argument = source.partition(":")
+    named = f"--config {path!r}"
+    with _running(path, named):
+        points = getattr(_module(path), "sweep", None)
+        if not callable(points):
+            raise UsageError(
+                f"{named} defines no function sweep(); write one that yields mappings of dotted keys to values, or "
+                "train it as one run: qtrain train"
+            )
+        return list(points(argument) if inspect.signature(points).parameters else points())
+
+
+def source_of(arguments: Sequence[str]) -> str | None:
+    """The value of ``--config`` in `arguments`."""
+    return _take_config(arguments)[0]
+
+
+def overridden(arguments: Sequence[str]) -> list[str]:
+    """The keys that `arguments` override, as ``--config.KEY=VALUE``."""
+    return [override[1] for argument in arguments if (override := _OVERRIDE.match(argument))]
+
+
+@contextlib.contextmanager
+def _running(path: str, named: str) -> Iterator[None]:
+    """Say in one line what goes wrong in a config file."""
+    try:
+        yield
     except UsageError as error:
         message = str(error)
         raise (error if message.startswith(named) else UsageError(f"{named}: {message}")) from None
@@ -90,9 +129,6 @@ def load(source: str) -> ConfigDict:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         message = " ".join(str(error).split())
         raise UsageError(f"{named}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {message}") from None
-    if not isinstance(config, ConfigDict):
-        raise UsageError(f"{named}: get_config() returned {config!r:.60}; return the ConfigDict of base_config(...)")
-    return config.lock()
 
 
 def _module(path: str) -> ModuleType:
@@ -125,16 +161,21 @@ def _take_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     return source, rest
 
 
-def _check_key(config: ConfigDict, key: str) -> None:
+def check_key(config: ConfigDict, key: str, named: str) -> None:
+    """Refuse a dotted key that the config lacks, calling it `named`.
+
+    Raises:
+      UsageError: with the nearest key that there is.
+    """
     parts = key.split(".")
     section: Any = config
     for depth, part in enumerate(parts):
         if not isinstance(section, ConfigDict):
-            raise UsageError(f"--config.{key}: {'.'.join(parts[:depth])} is {section!r} and has no keys")
+            raise UsageError(f"{named}: {'.'.join(parts[:depth])} is {section!r} and has no keys")
         if part not in section:
             where = ".".join(parts[:depth]) or "the config"
             near = did_you_mean(key, _keys(config))
-            raise UsageError(f"--config.{key}: no such key; {where} has {', '.join(sorted(section))}.{near}")
+            raise UsageError(f"{named}: no such key; {where} has {', '.join(sorted(section))}.{near}")
         section = section[part]
 
 
@@ -159,11 +200,15 @@ def _explain(error: Exception, command: str, config: ConfigDict, arguments: Sequ
     for parent in parents.split(".") if parents else ():
         section = section[parent]
     kind = section.get_type(name)
-    allowed = _ALLOWED.get(kind, f"a value of type {kind.__name__}").format(key=key)
     following = [*arguments[1:], ""]
     given = [
         (override[2] if override[2] is not None else after)
         for argument, after in zip(arguments, following, strict=True)
         if (override := _OVERRIDE.match(argument)) and override[1] == key
     ]
-    return f"--config.{key}={' '.join(given[-1].split())}: must be {allowed}"
+    return f"--config.{key}={' '.join(given[-1].split())}: must be {allowed(kind, key)}"
+
+
+def allowed(kind: type, key: str) -> str:
+    """What values a key of this type takes, for people."""
+    return _ALLOWED.get(kind, f"a value of type {kind.__name__}").format(key=key)

@@ -30,6 +30,7 @@ class Programs:
       shardings: where a state lies.
       step: ``(state, batch, key, tables[, stop]) -> (state, outputs)``, donating the state; of several processes with a
         part each of whether to stop.
+      in_use: the jitted function that takes the steps: `step`, or what maps `train_step` over several runs.
       layer_metrics: ``(state, tables) -> {name: scalar}``, or None.
       evaluator: of the state.
     """
@@ -50,6 +51,7 @@ class Programs:
             in_shardings=(self.shardings, self.batch, everywhere, everywhere, *[sharding.split(mesh)] * several),
             out_shardings=(self.shardings, everywhere),
         )
+        self.in_use: Any = self.step
         self._initial = jax.jit(experiment.initial_state, out_shardings=self.shardings)
         self._key = jax.jit(jax.random.key, out_shardings=everywhere)
         measures = make_layer_metrics(experiment) is not None
@@ -86,7 +88,7 @@ class Programs:
     def compilations(self) -> int:
         """How many programs the train step has: 1, or something made of data a constant."""
         # No public function tells how many programs a jitted function has.
-        return self.step._cache_size()  # type: ignore[attr-defined]
+        return self.in_use._cache_size()
 
     def _asking(
         self, state: TrainState, batch: Any, key: Array, tables: Tables, stop: Array

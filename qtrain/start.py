@@ -32,10 +32,10 @@ def prepared(config: ConfigDict, folder: str) -> tuple[Experiment, Mesh, dict[st
     if config.eval.reestimate_batches:
         variables = jax.eval_shape(experiment.initial_state).variables
         check_reestimation(experiment.qmodel, variables, experiment.inputs(), config.eval.reestimate_batches)
-    return experiment, mesh, _loaded(experiment, folder, mesh)
+    return experiment, mesh, loaded(experiment, folder, mesh)
 
 
-def _loaded(experiment: Experiment, folder: str, mesh: Mesh) -> dict[str, Any] | None:
+def loaded(experiment: Experiment, folder: str, mesh: Mesh) -> dict[str, Any] | None:
     """What `init_from` names, before anything is written; None where the run goes on from a checkpoint of its own."""
     path = experiment.config.init_from
     if not path or manifest.folders(Path(folder) / "checkpoints"):
