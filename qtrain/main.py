@@ -15,6 +15,7 @@ HELP = """qtrain: what precision should each tensor have at each step of trainin
 usage: qtrain COMMAND [flags]
 
   train      train a config: qtrain train --config configs/digits_cnn_cpt.py --workdir runs/digits
+  sweep      every point of a config's sweep(): qtrain sweep --config configs/digits_cnn_suite.py --workdir runs/suite
   plan       what a config quantizes, how, and at what cost; trains nothing
   search     a width for each layer of a run, under a budget: qtrain search --workdir runs/digits --budget bits=3
   export     a run's weights as packed integers in one file: qtrain export --workdir runs/digits --out model.safetensors
@@ -33,6 +34,12 @@ def _train(arguments: list[str]) -> int:
     from qtrain.commands import train
 
     return train(arguments)
+
+
+def _sweep(arguments: list[str]) -> int:
+    from qtrain.sweep.command import run
+
+    return run(arguments)
 
 
 def _plan(arguments: list[str]) -> int:
@@ -73,6 +80,7 @@ def _bench(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "sweep": _sweep,
     "plan": _plan,
     "search": _search,
     "export": _export,

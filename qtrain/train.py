@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,14 @@ class Preempted(Exception):
     """SIGTERM, to any of the processes: the state was saved, the run can be resumed."""
 
 
-def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool = False) -> dict[str, Any]:
+def train(
+    config: ConfigDict,
+    folder: str,
+    *,
+    quiet: bool = False,
+    profile: bool = False,
+    stopped: threading.Event | None = None,
+) -> dict[str, Any]:
     """Train as `config` says, in the run's `folder`; resume if it holds this run already.
 
     Where ``jax.distributed`` was started, every process calls this with the same config and the same folder, on a file
@@ -51,6 +58,7 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
       folder: gets config.json, metrics.jsonl, TensorBoard files, checkpoints, summary.json and DONE.
       quiet: no plan and no progress.
       profile: write a trace of ten steps to ``folder/profile``.
+      stopped: set by the caller where SIGTERM would stop the run; None: SIGTERM does.
 
     Returns:
       The summary, as in summary.json.
@@ -63,7 +71,9 @@ def train(config: ConfigDict, folder: str, *, quiet: bool = False, profile: bool
     check_keys(config)
     processes.check_same(config.to_dict())
     experiment, mesh, loaded = processes.together(lambda: prepared(config, folder))
-    with _sigterm() as stopped:  # from here on there is something to save or to resume
+    with (
+        _sigterm() if stopped is None else nullcontext(stopped) as stopped
+    ):  # from here on there is something to save or to resume
         status = processes.on_first(lambda: workdir.prepare(folder, config.to_dict(), workdir.package_versions()))
         if status == "done":
             return processes.on_first(lambda: workdir.read_summary(folder))
@@ -232,10 +242,16 @@ class _Run:
         if self.per_dispatch == 1:
             rows = next(batches)
             if rows is not self.rows:  # one that is repeated is there already
-                self.rows, self.batch = rows, sharding.shard_batch(rows, self.mesh)
+                self.rows, self.batch = rows, self.on_devices([rows])
             return self.batch
-        stack = [next(batches) for _ in range(self.per_dispatch)]
-        return sharding.shard_batch({name: np.stack([b[name] for b in stack]) for name in stack[0]}, self.mesh, axis=1)
+        return self.on_devices([next(batches) for _ in range(self.per_dispatch)])
+
+    def on_devices(self, batches: list[dict[str, np.ndarray]]) -> Any:
+        """The batches of a dispatch as it takes them."""
+        if self.per_dispatch == 1:
+            return sharding.shard_batch(batches[0], self.mesh)
+        stack = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        return sharding.shard_batch(stack, self.mesh, axis=1)
 
     def _handle(self, pending: tuple[int, Mapping[str, Any], dict[str, Any]] | None) -> None:
         """Check, show and write what a finished dispatch left."""
@@ -353,6 +369,7 @@ def drive(
     dispatch: Any,
     stopped: threading.Event,
     failed: Callable[[_Run, Exception], None] | None = None,
+    ended: Callable[[_Run, dict[str, Any]], None] = lambda run, summary: None,
     progress: Callable[[int, int], Any] = lambda step, active: None,
 ) -> list[dict[str, Any]]:
     """Take the steps of runs that read the same batches, from where each of them is to the end.
@@ -362,6 +379,7 @@ def drive(
       dispatch: `Interleaved`, or what takes the steps otherwise.
       stopped: set to stop after the step in progress.
       failed: told of a run that fails, without which the others go on; None: the failure is raised.
+      ended: told of a run that is finished, and of its summary.
       progress: told of each dispatch: steps so far, and how many runs are under way.
 
     Returns:
@@ -402,6 +420,7 @@ def drive(
         summary = run.end()
         run.close()
         processes.on_first(lambda: workdir.finish(run.folder, summary))
+        ended(run, summary)
         return summary
 
     batches = leader.experiment.train_batches(start_step=step, repeat=leader.config.data.repeat)

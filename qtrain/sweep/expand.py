@@ -22,7 +22,7 @@ _LONGEST_NAME = 100
 class Point:
     """One run of a sweep.
 
-    index: its place in the sweep, from 0. name: of its folder. overrides: dotted key → value. config: all of it, locked.
+    index: its place in the sweep. name: of its folder. overrides: dotted key → value. config: all of it, locked.
     """
 
     index: int

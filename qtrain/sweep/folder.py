@@ -43,7 +43,7 @@ class Folder:
             raise UsageError(f"--workdir {path!r} is a file; give a folder")
         stored = self._read(MANIFEST)
         if stored is None:
-            names = {point.name for point in points}
+            names = {LOGS, *(point.name for point in points)}
             entries = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
             strange = [name for name in entries if name not in names and not name.startswith(f".{MANIFEST}")]
             if strange:

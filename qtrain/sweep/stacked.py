@@ -37,10 +37,13 @@ class Stacked:
         self._split, self._whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
         self._step = jax.jit(self._steps, donate_argnums=0, out_shardings=self._split)
         self._take = jax.jit(lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree))
-        self._state, self._key, self._tables = (
-            self._stack(trees) for trees in zip(*((run.state, run.key, run.tables) for run in runs), strict=True)
-        )
-        programs.in_use = self._step
+        self.load(runs)
+
+    def load(self, runs: Sequence[_Run]) -> None:
+        """Begin with the states that the runs have now, all of them and in the order they were in at first."""
+        parts = zip(*((run.state, run.key, run.tables) for run in runs), strict=True)
+        self._state, self._key, self._tables = map(self._stack, parts)
+        self._programs.in_use = self._step
 
     def __call__(self, runs: Sequence[_Run], batch: Any, stop: bool) -> Iterator[tuple[_Run, Mapping[str, Any]]]:
         """Take a step of each of `runs`, and give it with what the step leaves."""
@@ -112,38 +115,40 @@ def known(programs: Programs, count: int) -> tuple[str, str] | None:
     return None
 
 
-def measured(programs: Programs, runs: Sequence[_Run], batch: Any) -> dict[str, float]:
-    """Seconds that a step of every run takes, each way; infinite where memory does not suffice. States are left alone.
+def measured(programs: Programs, runs: Sequence[_Run], batch: Any) -> tuple[dict[str, float], Stacked | None]:
+    """Seconds that a step of every run takes, each way, infinite where memory does not suffice; and the vmapped steps.
 
-    The fastest of a few rounds after a first one that compiles. Taking turns is measured on a few of the runs.
+    The fastest of a few rounds after a first one that compiles. Taking turns is measured on a few of the runs. The
+    states are left alone.
     """
     some = list(runs[:_MEASURED_POINTS])
-    return {
-        "interleave": _seconds(lambda: Interleaved(programs), some, batch) * len(runs) / len(some),
-        "vmap": _seconds(lambda: Stacked(programs, runs), runs, batch),
-    }
+    turns = _seconds(Interleaved(programs), some, batch) * len(runs) / len(some)
+    try:
+        stacked = Stacked(programs, runs)
+        return {"interleave": turns, "vmap": _seconds(stacked, runs, batch)}, stacked
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"interleave": turns, "vmap": math.inf}, None
+    finally:
+        programs.in_use = programs.step
 
 
-def _seconds(make: Any, runs: Sequence[_Run], batch: Any) -> float:
+def _seconds(dispatch: Interleaved | Stacked, runs: Sequence[_Run], batch: Any) -> float:
     before = [run.state for run in runs]
     try:
         for run in runs:
             run.state = jax.tree.map(jnp.copy, run.state)  # steps donate it
-        dispatch, seconds = make(), []
+        seconds = []
         for _ in range(_ROUNDS + 1):
             start = time.perf_counter()
             left = [out for _, out in dispatch(runs, batch, False)]
             jax.block_until_ready([out["loss"] for out in left])
             seconds.append(time.perf_counter() - start)
         return min(seconds[1:])
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return math.inf
     finally:
         for run, state in zip(runs, before, strict=True):
             run.state = state
-        programs.in_use = programs.step
 
 
 def chosen(seconds: Mapping[str, float]) -> str:

@@ -1,0 +1,56 @@
+"""A point of a sweep as a process: ``python -m qtrain.sweep.worker INDEX FOLDER --config FILE ...``.
+
+It is stopped, as by SIGTERM, when its standard input ends, which it does when the sweep that started it is gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+from absl import flags
+
+from qtrain import main, overrides
+from qtrain.sweep.expand import expand
+
+
+def run(index: int, folder: str, arguments: Sequence[str]) -> int:
+    """Train point `index` of the sweep that `arguments` name; the exit code of ``qtrain train``, 1 for any failure.
+
+    The last line printed says what failed, as JSON.
+    """
+    from qtrain.train import Preempted, train
+
+    try:
+        source = overrides.source_of(arguments)
+        assert source is not None
+        base = overrides.parse("sweep", flags.FlagValues(), arguments)
+        point = expand(base, overrides.sweep(source), overrides.overridden(arguments))[index]
+        train(point.config, folder, quiet=True)
+    except Preempted as stop:
+        print(stop, flush=True)
+        return main.PREEMPTED
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        message = " ".join(str(error).split())
+        print("\n" + json.dumps({"kind": type(error).__name__, "error": message}), file=sys.stderr, flush=True)
+        return main.DIVERGED
+    return 0
+
+
+def _watch() -> None:
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    # Until the trainer has a handler of its own there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(main.PREEMPTED))
+    threading.Thread(target=_watch, daemon=True).start()
+    sys.exit(run(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
