@@ -33,7 +33,7 @@ def commands(points: Sequence[Point], workdir: str, arguments: Sequence[str]) ->
 def slurm(points: Sequence[Point], workdir: str, arguments: Sequence[str]) -> str:
     """An sbatch script: an array with a task for each point, begun again, where it was, when it is stopped.
 
-    Slurm sends SIGTERM before it takes the node or the time is up; the run saves, and exit code 75 asks for a turn more.
+    Slurm sends SIGTERM before it takes the node or the time is up; the run saves, and exit code 75 asks for one more.
     """
     name = re.sub(r"[^\w.-]+", "-", Path(workdir).name) or "sweep"
     command = shlex.join(["qtrain", "sweep", *arguments, "--workdir", workdir, "--quiet", "--points"])
