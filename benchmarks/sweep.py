@@ -2,7 +2,7 @@
 
 Each round runs both, in an order that alternates, with loading Python and compiling on each side as a user pays for
 them, and no cache of compiled programs: ``qtrain sweep --vectorized``, and ``qtrain sweep --processes N`` (N processes
-at a time, by default 1: one after another). Prints a JSON line a case: seconds of each, their ratio in the middle round,
+at a time, by default 1: one after another). Prints a JSON line a case: seconds of each, their middle ratio,
 how the points shared the step, how often it was compiled, and whether all finished.
 
     python benchmarks/sweep.py --cases digits_cnn digits_mlp digits_vit --rounds 3 --out benchmarks/sweep.jsonl
