@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from qtrain import cost, data, processes, sharding, workdir
 from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
+from qtrain.drive import Interleaved, drive
 from qtrain.experiment import Experiment, describe
 from qtrain.programs import Programs
 from qtrain.progress import Progress
@@ -34,10 +35,6 @@ PROFILED_STEPS = (10, 20)
 
 class Diverged(Exception):
     """The loss or its gradient is not finite."""
-
-
-class Preempted(Exception):
-    """SIGTERM, to any of the processes: the state was saved, the run can be resumed."""
 
 
 def train(
@@ -343,102 +340,6 @@ class _Run:
             **size_summary(self.experiment.weights, self.state.params, self.state.quant, stored),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
         }
-
-
-class Interleaved:
-    """Steps of one run after another by the same program."""
-
-    def __init__(self, programs: Programs):
-        self._step, self._mesh = programs.step, programs.mesh
-        several = jax.process_count() > 1
-        self._asks = {value: processes.flag(value, self._mesh) for value in (False, True)} if several else None
-
-    def __call__(self, runs: Sequence[_Run], batch: Any, stop: bool) -> Iterator[tuple[_Run, Mapping[str, Any]]]:
-        """Take a step of each of `runs`, and give it with what the step leaves; `stop`: this process is asked to."""
-        asks = () if self._asks is None else (self._asks[stop],)
-        for run in runs:
-            run.state, out = self._step(run.state, batch, run.key, run.tables, *asks)
-            yield run, out
-
-    def settle(self, run: _Run) -> None:
-        """Bring ``run.state`` up to date."""
-
-
-def drive(
-    runs: Sequence[_Run],
-    dispatch: Any,
-    stopped: threading.Event,
-    failed: Callable[[_Run, Exception], None] | None = None,
-    ended: Callable[[_Run, dict[str, Any]], None] = lambda run, summary: None,
-    progress: Callable[[int, int], Any] = lambda step, active: None,
-) -> list[dict[str, Any]]:
-    """Take the steps of runs that read the same batches, from where each of them is to the end.
-
-    Args:
-      runs: of the same length and dispatch.
-      dispatch: `Interleaved`, or what takes the steps otherwise.
-      stopped: set to stop after the step in progress.
-      failed: told of a run that fails, without which the others go on; None: the failure is raised.
-      ended: told of a run that is finished, and of its summary.
-      progress: told of each dispatch: steps so far, and how many runs are under way.
-
-    Returns:
-      The summaries of the runs that did not fail.
-
-    Raises:
-      Preempted: when stopped, once every run is saved.
-    """
-    leader, total = runs[0], runs[0].experiment.total_steps
-    step = min(run.start for run in runs)
-    active = list(runs)
-
-    def each(of: Sequence[_Run], work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        found = []
-        for run in of:
-            try:
-                found.append(work(run, *arguments))
-            except Exception as error:
-                if failed is None:
-                    raise
-                active.remove(run)
-                failed(run, error)
-                run.close()
-        return found
-
-    def before(run: _Run, step: int, stop: bool) -> None:
-        if stop or run.due(step):
-            dispatch.settle(run)
-        run.before(step, stop)
-
-    def after(run: _Run, step: int, out: Mapping[str, Any]) -> None:
-        if run.measured(step):
-            dispatch.settle(run)
-        run.after(step, out)
-
-    def finish(run: _Run) -> dict[str, Any]:
-        dispatch.settle(run)
-        summary = run.end()
-        run.close()
-        processes.on_first(lambda: workdir.finish(run.folder, summary))
-        ended(run, summary)
-        return summary
-
-    batches = leader.experiment.train_batches(start_step=step, repeat=leader.config.data.repeat)
-    with batches, ExitStack() as opened:
-        for run in runs:
-            opened.enter_context(run)
-        while step < total and active:
-            stop = stopped.is_set() if jax.process_count() == 1 else leader.asked
-            each([run for run in active if run.start <= step], before, step, stop)
-            if stop:
-                raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
-            batch = leader._next(batches)
-            here = [run for run in active if run.start <= step]
-            step += leader.per_dispatch
-            for run, out in dispatch(here, batch, stopped.is_set()):
-                each([run], after, step, out)
-            progress(step, len(active))
-        return each(list(active), finish)
 
 
 def _due(step: int, every: int) -> bool:

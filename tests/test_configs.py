@@ -127,6 +127,7 @@ SLOW = (
     "digit_scenes_detect_cpt",  # tests/test_detector.py trains it",
     "digits_cnn_adaptive",
     "digits_cnn_deficit",
+    "digits_cnn_suite",
     "digits_resnet_cpt",
     "digits_resnet_finetune",
     "digits_resnet_multi_precision",

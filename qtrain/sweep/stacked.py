@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from qtrain.drive import Interleaved
 from qtrain.programs import Programs
 from qtrain.tables import Tables
-from qtrain.train import Interleaved, _Run
+from qtrain.train import _Run
 
 Array = jax.Array
 AXIS = "points"

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from qtrain import workdir
+from qtrain.drive import Interleaved, drive
 from qtrain.errors import UsageError
 from qtrain.programs import Programs
 from qtrain.progress import Progress
@@ -21,7 +22,7 @@ from qtrain.sweep.expand import Point
 from qtrain.sweep.folder import Folder
 from qtrain.sweep.sharing import NotTogether, structure, vary
 from qtrain.sweep.stacked import Stacked, chosen, known, measured
-from qtrain.train import Interleaved, _Run, drive
+from qtrain.train import _Run
 
 Say = Callable[[str], None]
 Failed = Callable[[Point, Exception], None]
