@@ -163,7 +163,7 @@ def stopping() -> Iterator[tuple[threading.Event, threading.Event]]:
 
 def _flags() -> flags.FlagValues:
     values = flags.FlagValues()
-    of = {"flag_values": values}
+    of: dict[str, Any] = {"flag_values": values}
     flags.DEFINE_string("workdir", None, "Folder of the sweep, with a run for each point; continued if begun.", **of)
     flags.DEFINE_bool("vectorized", False, "All points in one program, where their differences are data to it.", **of)
     flags.DEFINE_enum("share", "auto", SHARES, "With --vectorized: how the points share it; auto: measured.", **of)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from qtrain.main import PREEMPTED
 from qtrain.sweep.expand import Point
 from qtrain.sweep.folder import LOGS, Folder
 
-PREEMPTED = 75
 _POLL_SECONDS = 0.1
 
 Failed = Callable[[Point, Exception], None]
