@@ -42,10 +42,12 @@ class Folder:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--workdir {path!r} is a file; give a folder")
         stored = self._read(MANIFEST)
+        if stored is not None and not self._begun(stored):
+            stored = None  # of a sweep that was refused, or stopped before its first run
         if stored is None:
-            names = {LOGS, *(point.name for point in points)}
+            names = {LOGS, MANIFEST, ERRORS, *(point.name for point in points)}
             entries = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
-            strange = [name for name in entries if name not in names and not name.startswith(f".{MANIFEST}")]
+            strange = [name for name in entries if name not in names and not name.startswith(".")]
             if strange:
                 raise UsageError(
                     f"--workdir {path!r} holds {strange[0]!r} and no {MANIFEST}; give a new or an empty folder"
@@ -91,6 +93,12 @@ class Folder:
     def errors(self) -> dict[str, Any]:
         """Name of a failed point → what is recorded of it."""
         return self._read(ERRORS) or {}
+
+    def _begun(self, stored: dict[str, Any]) -> bool:
+        """Whether a point of a manifest has a run; True of what is none."""
+        if stored.get("program") != "qtrain sweep":
+            return True
+        return any((self.path / point["name"]).exists() for point in stored["points"])
 
     def _check(self, stored: dict[str, Any], mine: dict[str, Any]) -> None:
         """Refuse another sweep; more points behind those that were there are the same sweep, continued."""
