@@ -35,7 +35,8 @@ def train(arguments: list[str]) -> int:
         raise UsageError(f"--workdir {values.workdir!r} is a file; give a folder")
 
     from qtrain import main, processes
-    from qtrain.train import Diverged, Preempted, print_summary
+    from qtrain.drive import Preempted
+    from qtrain.train import Diverged, print_summary
     from qtrain.train import train as run
 
     processes.initialize(values.coordinator, values.processes, values.process, detect=values.distributed)

@@ -76,7 +76,7 @@ class _Sweep:
 
     def __call__(self) -> int:
         from qtrain import main
-        from qtrain.train import Preempted
+        from qtrain.drive import Preempted
 
         before = [point for point in self.points if self.folder.finished(point)]
         left = [point for point in self.points if not self.folder.finished(point)]

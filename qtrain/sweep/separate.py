@@ -47,7 +47,8 @@ def train_in_turn(
     Raises:
       Preempted: when stopped; the run in progress is saved.
     """
-    from qtrain.train import Preempted, train
+    from qtrain.drive import Preempted
+    from qtrain.train import train
 
     for point in points:
         if stopped.is_set():
@@ -86,7 +87,7 @@ def train_in_processes(
     Raises:
       Preempted: when stopped, once they all have ended.
     """
-    from qtrain.train import Preempted
+    from qtrain.drive import Preempted
 
     waiting, under_way = list(points), {}
     (folder.path / LOGS).mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,8 @@ def run(index: int, folder: str, arguments: Sequence[str]) -> int:
 
     The last line printed says what failed, as JSON.
     """
-    from qtrain.train import Preempted, train
+    from qtrain.drive import Preempted
+    from qtrain.train import train
 
     try:
         source = overrides.source_of(arguments)
