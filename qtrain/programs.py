@@ -104,5 +104,4 @@ class Programs:
 
 def _seed(seed: int) -> np.ndarray:
     """A seed as an argument of a program, by which ``jax.random.key`` makes the key that it makes of the number."""
-    wide = np.int64(seed)
-    return np.asarray(wide if jax.config.jax_enable_x64 else wide.astype(np.int32))
+    return np.asarray(np.int64(seed)).astype(jax.dtypes.canonicalize_dtype(np.int64))

@@ -89,7 +89,8 @@ def train_in_processes(
     """
     from qtrain.drive import Preempted
 
-    waiting, under_way = list(points), {}
+    waiting = list(points)
+    under_way: dict[int, tuple[Point, subprocess.Popen[bytes]]] = {}
     (folder.path / LOGS).mkdir(parents=True, exist_ok=True)
     try:
         while waiting or under_way:

@@ -83,14 +83,14 @@ def _prepare(
     base: Any = None
     parts, rest = [], []
     for point in points:
-        path = str(folder.run(point))
+        where = str(folder.run(point))
         try:
             if base is None:
-                base, mesh, parameters = prepared(point.config, path)
+                base, mesh, parameters = prepared(point.config, where)
                 experiment = base
             else:
                 experiment = vary(base, point)
-                parameters = loaded(experiment, path, mesh)
+                parameters = loaded(experiment, where, mesh)
         except NotTogether:
             if not asked.separate:
                 raise
