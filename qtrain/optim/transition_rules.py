@@ -113,6 +113,8 @@ def _number(
 ) -> None:
     if isinstance(value, jax.core.Tracer):
         return
+    if isinstance(value, jax.Array):
+        value = np.asarray(value)  # while something else is traced, its comparisons would be, too
     scalar = not isinstance(value, bool | str) and np.ndim(value) == 0 and value is not None
     if not scalar or not (least <= value and above < value < below and math.isfinite(value)):
         raise UsageError(f"{key}={value!r}: give {allowed}")
