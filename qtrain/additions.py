@@ -63,6 +63,11 @@ class Additions:
     priced: Callable[[Any, Any, Any], Bits] = _same_price
 
     @property
+    def assigns(self) -> bool:
+        """Whether the bits of a step may be others than the schedule's."""
+        return self.assigned is not _as_scheduled
+
+    @property
     def penalises(self) -> bool:
         """Whether anything is added to the loss."""
         return self.penalty is not None or self.output_penalty is not None

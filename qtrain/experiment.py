@@ -163,6 +163,14 @@ class Experiment:
             return f"backend aqt, static: {widths}"
         return "\n".join(f"{name:<12}{schedule}" for name, schedule in parts.items())
 
+    def linear_cost(self, tables: Tables) -> float | None:
+        """`cost.linear` over the run, as `tables` have its bits; None where training decides what a step costs."""
+        if self.additions.assigns or self.trained_widths or (self.widths is not None and self.widths.chosen):
+            return None
+        if self.fixed is None and jax.tree.leaves(tables.bits):
+            return float(cost.tabulated(self.plan.ops, tables.bits, cost.linear))
+        return float(self.total_steps * cost.linear(self.plan.ops, self.fixed or Precision()))
+
     def cost_summary(self) -> dict[str, float]:
         """BitOps of the whole run under the schedule and at q_max, the saving, and bytes of the stored weights."""
         static = cost.static(self.plan.ops, self.q_max, self.total_steps)

@@ -327,6 +327,7 @@ class _Run:
         bits = {name: 32 if value is None else int(value) for name, value in vars(last).items()}
         # Of several widths the widest is what is stored: the others follow from its integers.
         stored = self.experiment.q_max if self.experiment.trained_widths else last
+        linear = self.experiment.linear_cost(self.schedules)
         return {
             "steps": int(self.state.step),
             "train_loss": float(self.state.metrics.compute()["loss"]),
@@ -334,6 +335,7 @@ class _Run:
             "effective_bitops": effective,
             "static_bitops": static,
             "saving": cost.saving(effective, static),
+            **({} if linear is None else {"linear_cost": linear}),
             "compilations": self._compilations(),
             "wall_seconds": round(self.progress.elapsed, 3),
             "bits_final": bits,

@@ -114,7 +114,10 @@ def test_schedules(capsys):
 @pytest.mark.parametrize(
     ("arguments", "patterns"),
     [
-        (["trian"], ["unknown command 'trian'; there are train, sweep, plan, search, export, .*. Did you mean 'train'"]),
+        (
+            ["trian"],
+            ["unknown command 'trian'; there are train, sweep, plan, search, export, .*. Did you mean 'train'"],
+        ),
         (["train"], ["--config is missing; give a config file: qtrain train --config"]),
         (["plan"], ["--config is missing"]),
         (["train", "--config"], ["--config is missing"]),

@@ -19,7 +19,7 @@ from qtrain.cost.bitops import (
 from qtrain.cost.count import count
 from qtrain.cost.marker import OpBits, decode, encode
 from qtrain.cost.ops import PASSES, Op, Operand, Ops
-from qtrain.cost.schedule_cost import effective, static
+from qtrain.cost.schedule_cost import effective, static, tabulated
 
 __all__ = [
     "PASSES",
@@ -41,6 +41,7 @@ __all__ = [
     "relative",
     "saving",
     "static",
+    "tabulated",
     "value",
     "weight_bytes",
     "zero",

@@ -35,6 +35,26 @@ def effective(
     return sum(times * bitops(ops, precision, passes) for precision, times in _occurrences(schedule, total_steps))
 
 
+def tabulated(
+    ops: Ops,
+    bits: Precision,
+    price: Callable[[Ops, Precision], Any] = bitops,
+) -> Any:
+    """Σ_t `price`(ops, bits at t) of a schedule that is a table, exact as `price` is; nothing is compiled.
+
+    Args:
+        ops: from `count`.
+        bits: of each kind at every step, [steps]; None where it is not quantized.
+        price: `bitops`, `linear`, or another function of the ops and the precision of a step.
+    """
+    leaves, structure = jax.tree.flatten(bits)
+    if not leaves:
+        raise UsageError("bits: no kind has a table; the cost of a run in float is that of a step times their number")
+    rows, times = np.unique(np.stack([np.asarray(leaf) for leaf in leaves], axis=-1), axis=0, return_counts=True)
+    pairs = zip(rows.tolist(), times.tolist(), strict=True)
+    return sum(count * price(ops, structure.unflatten(row)) for row, count in pairs)
+
+
 def static(ops: Ops, precision: Precisions | float, total_steps: int, passes: Iterable[str] = PASSES) -> int:
     """The bit operations of a run that keeps one precision at every step, an exact int.
 

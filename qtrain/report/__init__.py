@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from qtrain.report.make import PAGE, Report, make_report
+from qtrain.report.rows import read_rows, rows_of
 from qtrain.report.runs import Run, find_runs, read_run, read_runs
 
-__all__ = ["PAGE", "Report", "Run", "find_runs", "make_report", "read_run", "read_runs"]
+__all__ = ["PAGE", "Report", "Run", "find_runs", "make_report", "read_rows", "read_run", "read_runs", "rows_of"]

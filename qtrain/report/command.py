@@ -10,7 +10,9 @@ from pathlib import Path
 
 from qtrain.arguments import Parser
 from qtrain.errors import UsageError
+from qtrain.report.runs import ROWS
 from qtrain.statistics import DRAWS
+from qtrain.workdir import replace_file
 
 _EXAMPLE = "example: qtrain report runs/suite --out report --compare schedule"
 _SHOWN_NOTES = 10
@@ -25,7 +27,12 @@ def _parser() -> Parser:
         "files: a self-contained HTML page, its pictures, and tables as CSV and Markdown.",
         example=_EXAMPLE,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN_OR_SWEEP", help="folder of a run, or one with runs below it")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN_OR_SWEEP",
+        help="folder of a run, or one with runs below it, or a file that --rows wrote",
+    )
     parser.add_argument("--out", default="report", metavar="DIR", help="folder for the report (default: report)")
     parser.add_argument(
         "--metric", metavar="NAME", help="judge all runs by this number of their summaries, such as test_loss"
@@ -38,6 +45,12 @@ def _parser() -> Parser:
     )
     parser.add_argument("--draws", type=int, default=DRAWS, metavar="N", help=f"of the bootstrap (default {DRAWS})")
     parser.add_argument("--level", type=float, default=0.95, metavar="P", help="of the intervals (default 0.95)")
+    parser.add_argument(
+        "--rows",
+        metavar="FILE",
+        help=f"write the runs without their curves as JSON lines, too, into a file *{ROWS}: small enough to commit, "
+        "and a report can be made of it",
+    )
     parser.add_argument("--title", default="qtrain report", metavar="TEXT", help="heading of the page")
     return parser
 
@@ -64,8 +77,9 @@ def run(argv: list[str]) -> int:
     key, groups = _compared(flags.compare)
     out = Path(flags.out)
     before = _former(out)
+    rows = _rows(flags.rows)
 
-    from qtrain.report import PAGE, find_runs, make_report, read_runs
+    from qtrain.report import PAGE, find_runs, make_report, read_runs, rows_of
 
     notes: list[str] = []
     runs = read_runs(find_runs(flags.runs, notes), notes)
@@ -84,6 +98,8 @@ def run(argv: list[str]) -> int:
         level=flags.level,
     )
     _write(out, report.files, before)
+    if rows is not None:
+        replace_file(rows, rows_of(runs).encode())
     for note in report.notes[:_SHOWN_NOTES]:
         print(f"warning: {note}", file=sys.stderr)
     if len(report.notes) > _SHOWN_NOTES:
@@ -103,6 +119,16 @@ def _compared(text: str | None) -> tuple[str | None, tuple[str, str] | None]:
     if not key or (equals and (len(groups) != 2 or not all(groups) or groups[0] == groups[1])):
         raise UsageError(f"--compare {text}: give KEY or KEY=A,B with two different values; {_EXAMPLE}")
     return key, (groups[0], groups[1]) if equals else None
+
+
+def _rows(path: str | None) -> Path | None:
+    if path is None:
+        return None
+    if not path.endswith(ROWS):
+        raise UsageError(f"--rows {path}: must end in {ROWS}, by which a report knows it; give {path}{ROWS}, say")
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"--rows {path}: no file can be written there; name a file in a folder that is there")
+    return Path(path)
 
 
 def _former(out: Path) -> list[str]:

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from qtrain.errors import UsageError
+from qtrain.sweep.folder import ERRORS, MANIFEST
 from qtrain.workdir import CONFIG, DONE, SUMMARY, leaves
 from qtrain.writers import METRICS
 
 BITS = ("bits_weights", "bits_acts", "bits_grads")
+ROWS = ".jsonl"
+"""How the name of a file of rows ends: runs as `qtrain.report.rows` writes them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +36,8 @@ class Run:
 
     name: its folder, as found. config: dotted key → value. values: its numbers by name, from ``summary.json``, or the
     newest of an unfinished run. layers: the newest numbers with a slash in their name (``size/Dense_0/kernel/bits``).
-    step: the newest; total: how many there are to be, None where the config has epochs instead.
+    step: the newest; total: how many there are to be, None where the config has epochs instead. origin: of one that was
+    read from rows (`qtrain.report.rows`), where, when and from what it was made.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Run:
     values: dict[str, float]
     layers: dict[str, float]
     curve: Curve
+    origin: dict[str, Any] | None = None
 
     @property
     def seed(self) -> tuple[Any, Any]:
@@ -52,20 +57,26 @@ class Run:
 
 
 def find_runs(paths: Sequence[str | os.PathLike[str]], notes: list[str] | None = None) -> list[Path]:
-    """The folders of runs at and below `paths`, in order of their names, each once.
+    """The folders of runs at and below `paths`, in order of their names, each once; files of rows as they are.
 
     A run is a folder with a ``config.json``; nothing below it is looked at, nor are hidden folders. Folders that cannot
-    be listed are added to `notes`.
+    be listed, and points of sweeps that failed or have not begun, are added to `notes`.
 
     Raises:
-      UsageError: a path that is no folder, or without any run.
+      UsageError: a path that is neither a folder nor a file of rows (`qtrain.report.rows`), or without any run.
     """
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise UsageError(f"{str(path)!r} does not exist; give the folder of a run, or one that has runs below it")
         if not path.is_dir():
-            raise UsageError(f"{str(path)!r} is a file; give the folder of a run, or one that has runs below it")
+            if path.suffix != ROWS:
+                raise UsageError(
+                    f"{str(path)!r} is a file; give the folder of a run, one that has runs below it, or a file of rows "
+                    f"(*{ROWS}, from qtrain report --rows)"
+                )
+            found.setdefault(os.path.realpath(path), path)
+            continue
         mine = list(_below(path, [] if notes is None else notes))
         if not mine:
             what = "holds no run" if any(path.iterdir()) else "is empty"
@@ -82,16 +93,38 @@ def _below(path: Path, notes: list[str]) -> Iterator[Path]:
         notes.append(f"{error.filename}: left out: it cannot be listed ({error.strerror})")
 
     for folder, names, files in os.walk(path, onerror=unlisted):
+        if MANIFEST in files:
+            notes += _missing(Path(folder))
         if CONFIG in files:
             names.clear()
             yield Path(folder)
         names[:] = sorted(name for name in names if not name.startswith("."))
 
 
+def _missing(folder: Path) -> Iterator[str]:
+    """What a sweep has no numbers of: points that failed, and points that have not begun."""
+    try:
+        points = [point["name"] for point in _json(folder / MANIFEST)["points"]]
+        errors = _json(folder / ERRORS) if (folder / ERRORS).exists() else {}
+    except (UsageError, KeyError, TypeError):
+        yield f"{folder / MANIFEST}: damaged: points that failed are not known"
+        return
+    for name, entry in errors.items():
+        yield f"{folder / name}: this point failed ({entry['kind']}): {entry['error']}"
+    absent = [name for name in points if name not in errors and not (folder / name / CONFIG).exists()]
+    if absent:
+        yield f"{folder}: {len(absent)} of {len(points)} points have not begun, the first {absent[0]}"
+
+
 def read_runs(folders: Iterable[Path], notes: list[str]) -> list[Run]:
     """The runs that can be read; why others are left out, and what is odd about these, is added to `notes`."""
-    found = []
+    from qtrain.report.rows import read_rows
+
+    found: list[Run] = []
     for folder in folders:
+        if folder.is_file():
+            found += read_rows(folder, notes)
+            continue
         try:
             found.append(read_run(folder, notes))
         except UsageError as error:
