@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from qtrain.errors import UsageError
 from qtrain.manifest import Leaves, describe, differences, named_leaves, nested
 
 _SHOWN_DIFFERENCES = 6
+_ORBAX = threading.Lock()
+"""Held while Orbax works: called from several threads at once (a sweep saves all its points at one step) it loses
+callbacks between their event loops, so that saves hang until they time out (orbax-checkpoint 0.12.8)."""
 
 
 def start_writing(folder: Path, named: Mapping[str, Any]) -> Callable[[], None]:
@@ -37,7 +41,12 @@ def start_writing(folder: Path, named: Mapping[str, Any]) -> Callable[[], None]:
     # mostly in Python code per leaf, these copies for 0.5 ms.
     hosted = zip(named, named.values(), jax.device_get(list(named.values())), strict=True)
     tree = nested({name: np.array(host) if _shares_memory(leaf) else host for name, leaf, host in hosted})
-    return functools.partial(ocp.save, folder, tree, overwrite=True)
+    return functools.partial(_save, folder, tree)
+
+
+def _save(folder: Path, tree: Any) -> None:
+    with _ORBAX:
+        ocp.save(folder, tree, overwrite=True)
 
 
 def load(folder: Path, abstract_state: Any, *, partial: bool) -> tuple[int, Any, dict[str, Any]]:
@@ -80,7 +89,9 @@ def _fill(folder: Path, abstract_state: Any, leaves: Leaves, stored: Any, *, par
     arrays: dict[str, Any] = {}
     if any(name in wanted for name in names):
         try:
-            arrays = dict(zip(names, jax.tree.leaves(ocp.load(folder, target)), strict=True))
+            with _ORBAX:
+                loaded = ocp.load(folder, target)
+            arrays = dict(zip(names, jax.tree.leaves(loaded), strict=True))
         except Exception as error:  # not damage: ours have just been verified
             raise UsageError(f"checkpoint {str(folder)!r} could not be loaded: {reason(error)}") from error
     filled = [_placed(arrays.get(name), leaf) for name, leaf in wanted.items()]

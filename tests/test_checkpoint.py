@@ -288,3 +288,14 @@ def test_eight_devices_and_another_layout(tmp_path):
     command = [sys.executable, "-W", "error::UserWarning", "-c", EIGHT, str(tmp_path)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == "", result.stderr
+
+
+def test_many_runs_of_a_process_save_at_once(tmp_path):
+    """As a sweep in one program does: Orbax called from several threads at a time hangs, and loses callbacks."""
+    state = {f"leaf_{i}": jnp.full(100, float(i)) for i in range(30)}
+    runs = [Checkpoints(tmp_path / str(index), keep=1) for index in range(24)]
+    for run in runs:
+        run.save(1, state)
+    for run in runs:
+        run.close()
+    assert all(run.all_steps() == [1] for run in runs)
