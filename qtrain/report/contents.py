@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qtrain.report.drawing import shortened
 from qtrain.report.frontiers import Comparison, Frontier, Means
 from qtrain.report.labels import canonical
 from qtrain.report.layers import Layer
@@ -176,6 +177,41 @@ def comparison_table(found: Sequence[tuple[Means, Comparison]]) -> Table:
         for means, one in found
     ]
     return Table("One group against another", "comparison", columns, tuple(rows), _CHANCES)
+
+
+def gains_table(means: Means, one: Comparison, found: Mapping[int, Interval]) -> Table:
+    """A row for each point of group A that has a rival in B, the cheapest first."""
+    family, short = means.family, means.against.short
+    form = quality_form(family)
+    columns = (
+        Column("#", help="the number in the figures"),
+        Column("point"),
+        Column("seeds"),
+        Column(short, si, means.against.label),
+        Column(means.label, form),
+        Column(
+            f"above the best {shortened(one.b)}",
+            signed(form),
+            f"gain over the best point of {one.b} that costs no more, in {family.metric.unit}, and its interval",
+        ),
+    )
+    rows = tuple(
+        (
+            means.points[i].number,
+            means.points[i].label,
+            int(means.seeds[i]),
+            float(means.cost[i]),
+            float(means.quality[i]),
+            found[i],
+        )
+        for i in sorted(found, key=lambda i: means.cost[i])
+    )
+    above = sum(bool(gain) and gain.low > 0 for gain in found.values())
+    below = sum(bool(gain) and gain.high < 0 for gain in found.values())
+    note = f"Of {len(rows)} points {above} are above the frontier of {one.b} and {below} below it by more than their "
+    note += f"interval. {_CHANCES}".strip()
+    title = f"{one.a.capitalize()} point by point, {short}: {family.title}"
+    return Table(title, f"gains_{short}_{family.slug}", columns, rows, note)
 
 
 def sensitivity_table(found: Sequence[tuple[Family, Sequence[Curve]]]) -> Table:

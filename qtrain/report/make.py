@@ -9,7 +9,7 @@ from typing import Any
 
 from qtrain.errors import UsageError
 from qtrain.report import contents, courses, scatter, sensitivity
-from qtrain.report.frontiers import Comparison, Frontier, Means, compare, frontiers, means, pair
+from qtrain.report.frontiers import Comparison, Frontier, Means, compare, frontiers, gains, means, pair
 from qtrain.report.layers import layers
 from qtrain.report.page import Figure, Section, render
 from qtrain.report.points import Family, check_key, make_families, slug
@@ -135,8 +135,11 @@ class _Builder:
         figures += [self._comparison_figure(each, one) for each, one in self.comparisons if each.family is family]
         grouped = f"Grouped by {family.grouped_by}." if family.grouped_by else ""
         differ = f"The points differ in {', '.join(family.keys)}." if family.keys else "There is one point."
-        table = contents.points_table(family, known)
-        sections = [Section(family.title, (f"{differ} {grouped}".strip(),), tuple(figures), (table,))]
+        tables = [contents.points_table(family, known)]
+        for each, one in self.comparisons:
+            if each.family is family and (found := gains(each, one.a, one.b)):
+                tables.append(contents.gains_table(each, one, found))
+        sections = [Section(family.title, (f"{differ} {grouped}".strip(),), tuple(figures), tuple(tables))]
         if figure := self._courses(family, known):
             sections.append(Section(f"Schedules and loss, {family.title}", figures=(figure,)))
         sections += self._sensitivity(family)
