@@ -16,6 +16,7 @@ from report_runs import CYCLIC, STATIC, write_run, write_sweep
 from qtrain import main
 from qtrain.data.registry import DATASETS, _is_text
 from qtrain.report import courses, find_runs, make_report, read_runs, scatter
+from qtrain.report import rows_of as written
 from qtrain.report.labels import PROFILES, describe_schedules, label_points
 from qtrain.report.points import make_families, natural
 from qtrain.report.quality import TEXT
@@ -37,7 +38,7 @@ def undrawn(monkeypatch):
 
 def reported(*folders, **options):
     notes = []
-    return make_report(read_runs(find_runs(folders), notes), notes, **options)
+    return make_report(read_runs(find_runs(folders, notes), notes), notes, **options)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +95,49 @@ def test_comparison_of_groups(sweep, report, undrawn):
     assert any("scheduled against static" in line for line in report.said)
     swapped = rows_of(reported(sweep[0], compare_by="schedule", groups=("static", "scheduled")), "comparison.csv")[0]
     assert float(swapped["A above B"]) == pytest.approx(-float(row["A above B"]))
+
+
+def test_gains_over_the_best_within_the_cost(sweep, report):
+    rows = rows_of(report, "gains_BitOps_digits_test_accuracy.csv")
+    assert [row["point"] for row in rows] == ["RR 3–8", "CR 3–8"]
+    name = "above the best static"
+    rivals = {"RR 3–8": ("3 bits", "4 bits"), "CR 3–8": ("3 bits", "4 bits", "6 bits")}
+    for row in rows:
+        mine = [100 * sweep[1][row["point"], seed] for seed in range(3)]
+        best = max(np.mean([100 * sweep[1][rival, seed] for seed in range(3)]) for rival in rivals[row["point"]])
+        assert float(row[name]) == pytest.approx(np.mean(mine) - best)
+        assert float(row[f"{name} low"]) < float(row[f"{name} high"])
+
+
+def test_rows_make_the_same_report(sweep, report, tmp_path, undrawn):
+    notes = []
+    runs = read_runs(find_runs([sweep[0]]), notes)
+    (tmp_path / "runs.jsonl").write_text(text := written(runs))
+    again = read_runs(find_runs([tmp_path / "runs.jsonl"]), notes)
+    assert not notes and [run.values for run in again] == [run.values for run in runs]
+    assert [run.config for run in again] == [run.config for run in runs]
+    assert written(again) == text
+    for name in ("points", "gains_BitOps"):
+        table = f"{name}_digits_test_accuracy.csv"
+        assert make_report(again).files[table] == report.files[table]
+    (tmp_path / "runs.jsonl").write_text(text + '{"no": "run"}\n' + text.splitlines()[1][:40])
+    assert len(read_runs(find_runs([tmp_path / "runs.jsonl"]), notes)) == len(runs)
+    assert [note.partition(": ")[2] for note in notes] == [
+        "the last line is cut off, and ignored",
+        f"line {len(runs) + 2} is no row of a run, and ignored",
+    ]
+
+
+def test_failed_points_of_a_sweep_are_named(tmp_path, undrawn):
+    folder = tmp_path / "sweep"
+    write_run(folder / "000_a", STATIC)
+    points = [{"index": i, "name": name, "overrides": {}} for i, name in enumerate(("000_a", "001_b", "002_c"))]
+    (folder / "sweep.json").write_text(json.dumps({"program": "qtrain sweep", "points": points}))
+    (folder / "errors.json").write_text(json.dumps({"001_b": {"kind": "Diverged", "error": "loss is nan at step 3"}}))
+    assert reported(tmp_path).notes == (
+        f"{folder / '001_b'}: this point failed (Diverged): loss is nan at step 3",
+        f"{folder}: 1 of 3 points have not begun, the first 002_c",
+    )
 
 
 def test_frontiers_and_sensitivity(report):
@@ -287,7 +331,10 @@ def test_each_seed_may_begin_with_a_run_of_its_own(tmp_path, undrawn):
         (["absent"], "does not exist"),
         (["empty"], "'empty' is empty: no config.json"),
         (["other"], "'other' holds no run"),
-        (["run/metrics.jsonl"], "is a file"),
+        (["run/DONE"], "is a file"),
+        (["run/metrics.jsonl"], "no file of runs"),
+        (["run", "--rows", "runs.json"], "must end in .jsonl"),
+        (["run", "--rows", "absent/runs.jsonl"], "in a folder that is there"),
         (["broken"], "no run can be reported on: broken: left out: its config.json is damaged"),
         (["strange"], "its config.json was not written by qtrain"),
         (

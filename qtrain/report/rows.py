@@ -76,7 +76,9 @@ def read_rows(path: Path, notes: list[str]) -> list[Run]:
         first = json.loads(lines[0])
         base, environment = first["base"], first["environment"]
     except (IndexError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{str(path)!r} is no file of runs; make one by qtrain report --rows FILE") from None
+        raise UsageError(
+            f"{str(path)!r} is no file of runs, as qtrain report --rows makes them; give the folder of a run"
+        ) from None
     found = []
     for number, line in enumerate(lines[1:], start=2):
         try:
