@@ -1,0 +1,196 @@
+"""The tables and the figure of this folder's README, from results.jsonl alone.
+
+python -m experiments.cpt_suite.analyse             # tables as Markdown; writes suite.png
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from experiments.reading import BITOPS, TITLES, by_family, family_of, means_of, provenance, show
+from qtrain.report.drawing import COLOURS, make_figure, png
+from qtrain.report.frontiers import Means, gains
+from qtrain.statistics import Interval, best_within, percentiles, rank_correlation
+
+HERE = Path(__file__).parent
+GROUPS = {  # by what they save against the highest bits throughout: the published clusters
+    "large_saving": ("RR", "RTH"),
+    "medium_saving": ("LR", "LT", "CR", "CT", "ETV", "RTV"),
+    "small_saving": ("ER", "ETH"),
+}
+
+
+def main() -> None:
+    """Print and draw."""
+    found = {name: means_of(family_of(runs), BITOPS) for name, runs in by_family(HERE / "results.jsonl").items()}
+    every = [run for runs in by_family(HERE / "results.jsonl").values() for run in runs]
+    print(provenance(every), end="\n\n")
+    print(summary(found), end="\n\n")
+    for name, means in found.items():
+        print(f"### {TITLES[name]}\n\n{table(means)}\n")
+    (HERE / "suite.png").write_bytes(figure(found))
+
+
+def suite_name(label: str) -> str:
+    """The name of a schedule, "" of static bits."""
+    return "" if "bit" in label else label.split()[0]
+
+
+def group_of(name: str) -> str:
+    """The cluster a schedule is of."""
+    return next(group for group, names in GROUPS.items() if name in names)
+
+
+def static_at_most(means: Means) -> float:
+    """What the highest static width costs: saving is against it."""
+    return float(means.cost[means.of("static")].max())
+
+
+def table(means: Means) -> str:
+    """A line a point, the cheapest first."""
+    over = gains(means, "scheduled", "static")
+    top = static_at_most(means)
+    digits, unit = _digits(means)
+    lines = [
+        f"| bits | group | saving | {unit} | above the best static within its cost | above the line between static "
+        "widths |",
+        "|---|---|---|---|---|---|",
+    ]
+    for i in np.argsort(means.cost):
+        point = means.points[i]
+        name = suite_name(point.label)
+        gain = show(over[int(i)], digits, "+") if int(i) in over else ""
+        line = show(above_line(means, int(i)), digits, "+") if name else ""
+        group = group_of(name).replace("_", " ") if name else "static"
+        saving = 100 * (1 - means.cost[i] / top)
+        lines.append(
+            f"| {point.label} | {group} | {saving:.1f} % | {show(means.interval(int(i)), digits)} | {gain} | {line} |"
+        )
+    return "\n".join(lines)
+
+
+def above_line(means: Means, index: int) -> Interval:
+    """What a point gains over the line between the static widths next to it in cost."""
+    static = means.of("static")
+    order = static[np.argsort(means.cost[static])]
+    sign = 1 if means.family.metric.maximize else -1
+
+    def above(quality: np.ndarray) -> float:
+        return float(sign * (quality[index] - np.interp(means.cost[index], means.cost[order], quality[order])))
+
+    drawn = np.array([above(quality) for quality in means.drawn_quality])
+    return Interval(above(means.quality), *percentiles(drawn), int(means.seeds.min()))
+
+
+def summary(found: dict[str, Means]) -> str:
+    """A line a family: rank correlations, groups, points above the static frontier."""
+    lines = [
+        "| family | measure | rank correlation of cost and quality, 10 schedules | large, medium, small saving: "
+        "mean quality | small − large | above the static frontier | below | above the static line | below |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, means in found.items():
+        digits, unit = _digits(means)
+        scheduled = means.of("scheduled")
+        sign = 1 if means.family.metric.maximize else -1
+        rank = rank_correlation(means.cost[scheduled], sign * means.quality[scheduled])
+        levels = {group: _group(means, group) for group in GROUPS}
+        difference = _difference(means, "small_saving", "large_saving")
+        over = gains(means, "scheduled", "static").values()
+        above, below = sum(gain.low > 0 for gain in over), sum(gain.high < 0 for gain in over)
+        line = [above_line(means, i) for i in scheduled.tolist()]
+        shown = " / ".join(f"{interval.estimate:.{digits}f}" for interval in levels.values())
+        lines.append(
+            f"| {TITLES[name]} | {unit} | {show(rank)} | {shown} | {show(difference, digits, '+')} "
+            f"| {above} of {len(over)} | {below} of {len(over)} "
+            f"| {sum(gain.low > 0 for gain in line)} of {len(line)} "
+            f"| {sum(gain.high < 0 for gain in line)} of {len(line)} |"
+        )
+    return "\n".join(lines)
+
+
+def _digits(means: Means) -> tuple[int, str]:
+    return (2, "test accuracy, %") if means.family.metric.maximize else (3, "test loss, nats a byte")
+
+
+def _members(means: Means, group: str) -> list[int]:
+    return [i for i, point in enumerate(means.points) if suite_name(point.label) in GROUPS[group]]
+
+
+def _group(means: Means, group: str) -> Interval:
+    mine = _members(means, group)
+    return Interval(
+        float(means.quality[mine].mean()),
+        *percentiles(means.drawn_quality[:, mine].mean(1)),
+        int(means.seeds[mine].min()),
+    )
+
+
+def _difference(means: Means, a: str, b: str) -> Interval:
+    """How much better group `a` is than `b`; for a loss, lower."""
+    sign = 1 if means.family.metric.maximize else -1
+    one, other = _members(means, a), _members(means, b)
+    drawn = sign * (means.drawn_quality[:, one].mean(1) - means.drawn_quality[:, other].mean(1))
+    estimate = sign * (means.quality[one].mean() - means.quality[other].mean())
+    return Interval(float(estimate), *percentiles(drawn), int(means.seeds.min()))
+
+
+def figure(found: dict[str, Means]) -> bytes:
+    """A panel a family: quality against cost, schedules in the colours of their groups, the static frontier behind."""
+    columns = min(3, len(found))
+    rows = -(-len(found) // columns)
+    drawn = make_figure(4.6 * columns, 3.7 * rows + 0.5)
+    panels = drawn.subplots(rows, columns, squeeze=False).ravel()
+    colours = dict(zip(GROUPS, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True))
+    for axes, (name, means) in zip(panels, found.items(), strict=False):
+        top = static_at_most(means)
+        static = means.of("static")
+        order = static[np.argsort(means.cost[static])]
+        x = means.cost / top
+        ends = np.array([means.interval(i)[1:3] for i in range(len(means.points))]).T
+        errors = np.abs(ends - means.quality)
+        axes.errorbar(
+            x[order], means.quality[order], errors[:, order], fmt="s", color="0.35", markersize=5, label="static bits"
+        )
+        budgets = np.linspace(x[order].min(), 1.02, 300)
+        maximize = means.family.metric.maximize
+        axes.plot(
+            budgets,
+            best_within(x[order], means.quality[order], budgets, maximize=maximize),
+            color="0.35",
+            linewidth=1,
+            label="best static within the cost",
+        )
+        for i in order:
+            width = means.points[i].label.split()[0]
+            axes.annotate(
+                width, (x[i], means.quality[i]), (4, -11), textcoords="offset points", fontsize=7, color="0.35"
+            )
+        for group, colour in colours.items():
+            mine = _members(means, group)
+            axes.errorbar(
+                x[mine],
+                means.quality[mine],
+                errors[:, mine],
+                fmt="o",
+                color=colour,
+                markersize=5,
+                label=group.replace("_", " "),
+            )
+        axes.set_title(TITLES[name], fontsize=10)
+        axes.set_xlabel("BitOps of training, static 8 bits = 1")
+        axes.set_ylabel(_digits(means)[1])
+        if not maximize:
+            axes.invert_yaxis()
+        axes.grid(alpha=0.3)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
+    handles, labels = panels[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    return png(drawn)
+
+
+if __name__ == "__main__":
+    main()
