@@ -82,7 +82,7 @@ def grid(means: Means) -> dict[tuple[int, int], int]:
 def spending(found: dict[str, Means]) -> str:
     """Which one to spend bits on: pairs of mirrored points, which cost about the same."""
     lines = [
-        "| family | measure | W4A2 − W2A4 | W8A2 − W2A8 | W8A3 − W3A8 | W8A4 − W4A8 | A 2→8 bits at W8 | W 2→8 bits at A8 |",
+        "| family | measure | W4A2 − W2A4 | W8A2 − W2A8 | W8A3 − W3A8 | W8A4 − W4A8 | W8A8 − W8A2 | W8A8 − W2A8 |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, means in found.items():
@@ -174,7 +174,7 @@ def scatter(found: dict[str, Means], cost: Cost) -> bytes:
 
 
 def _leave_collapsed(axes: Any, means: Means) -> None:
-    """What is far below the rest (2 bits) would leave no room for it: the axis ends above, and says how many are out."""
+    """End the axis above what is far below the rest (2 bits), which would leave no room for it; say how many that is."""
     sign = 1 if means.family.metric.maximize else -1
     values = np.sort(sign * means.quality)
     middle = np.percentile(values, 40)
