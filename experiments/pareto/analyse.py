@@ -174,7 +174,7 @@ def scatter(found: dict[str, Means], cost: Cost) -> bytes:
 
 
 def _leave_collapsed(axes: Any, means: Means) -> None:
-    """End the axis above what is far below the rest (2 bits), which would leave no room for it; say how many that is."""
+    """End the axis above what is far below the rest (2 bits), which would leave no room for it; say how many."""
     sign = 1 if means.family.metric.maximize else -1
     values = np.sort(sign * means.quality)
     middle = np.percentile(values, 40)
