@@ -9,7 +9,7 @@ from pathlib import Path
 from qtrain.report import Run, read_rows
 from qtrain.report.frontiers import Means, means
 from qtrain.report.points import Family, make_families
-from qtrain.report.quality import COSTS, Cost
+from qtrain.report.quality import COSTS, Cost, Metric, metric_of
 from qtrain.statistics import DRAWS, Interval
 
 BITOPS, BYTES = COSTS
@@ -37,10 +37,12 @@ def by_family(path: Path) -> dict[str, list[Run]]:
     return {name: found[name] for name in TITLES if name in found}
 
 
-def family_of(runs: Sequence[Run], compare: str | None = "schedule") -> Family:
-    """The one family that runs are."""
+def family_of(runs: Sequence[Run], compare: str | None = "schedule", suffix: str = "") -> Family:
+    """The one family that runs are; `suffix`: of their metric, such as ``_float``."""
     notes: list[str] = []
-    (family,) = make_families(runs, notes, compare=compare)
+    metric = metric_of(runs[0])
+    assert metric is not None
+    (family,) = make_families(runs, notes, Metric(metric.name + suffix), compare)
     assert not notes, notes
     return family
 

@@ -24,10 +24,11 @@ GROUPS = {  # by what they save against the highest bits throughout: the publish
 
 def main() -> None:
     """Print and draw."""
-    found = {name: means_of(family_of(runs), BITOPS) for name, runs in by_family(HERE / "results.jsonl").items()}
-    every = [run for runs in by_family(HERE / "results.jsonl").values() for run in runs]
-    print(provenance(every), end="\n\n")
-    print(summary(found), end="\n\n")
+    runs = by_family(HERE / "results.jsonl")
+    found = {name: means_of(family_of(mine), BITOPS) for name, mine in runs.items()}
+    in_float = {name: means_of(family_of(mine, suffix="_float"), BITOPS) for name, mine in runs.items()}
+    print(provenance([run for mine in runs.values() for run in mine]), end="\n\n")
+    print(summary(found, in_float), end="\n\n")
     for name, means in found.items():
         print(f"### {TITLES[name]}\n\n{table(means)}\n")
     (HERE / "suite.png").write_bytes(figure(found))
@@ -55,19 +56,19 @@ def table(means: Means) -> str:
     digits, unit = _digits(means)
     lines = [
         f"| bits | group | saving | {unit} | above the best static within its cost | above the line between static "
-        "widths |",
-        "|---|---|---|---|---|---|",
+        "widths | evaluated in float |",
+        "|---|---|---|---|---|---|---|",
     ]
     for i in np.argsort(means.cost):
         point = means.points[i]
         name = suite_name(point.label)
         gain = show(over[int(i)], digits, "+") if int(i) in over else ""
         line = show(above_line(means, int(i)), digits, "+") if name else ""
+        in_float = float(np.mean([means.family.metric.of(run, "_float") for run in point.finished]))
         group = group_of(name).replace("_", " ") if name else "static"
         saving = 100 * (1 - means.cost[i] / top)
-        lines.append(
-            f"| {point.label} | {group} | {saving:.1f} % | {show(means.interval(int(i)), digits)} | {gain} | {line} |"
-        )
+        cells = [point.label, group, f"{saving:.1f} %", show(means.interval(int(i)), digits), gain, line]
+        lines.append(f"| {' | '.join(cells)} | {in_float:.{digits}f} |")
     return "\n".join(lines)
 
 
@@ -84,12 +85,13 @@ def above_line(means: Means, index: int) -> Interval:
     return Interval(above(means.quality), *percentiles(drawn), int(means.seeds.min()))
 
 
-def summary(found: dict[str, Means]) -> str:
-    """A line a family: rank correlations, groups, points above the static frontier."""
+def summary(found: dict[str, Means], in_float: dict[str, Means]) -> str:
+    """A line a family: rank correlations, groups, points above the static frontier; the same evaluated in float."""
     lines = [
         "| family | measure | rank correlation of cost and quality, 10 schedules | large, medium, small saving: "
-        "mean quality | small − large | above the static frontier | below | above the static line | below |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "mean quality | small − large | above the static frontier | below | above the static line | below "
+        "| in float: above the line | below |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, means in found.items():
         digits, unit = _digits(means)
@@ -101,12 +103,15 @@ def summary(found: dict[str, Means]) -> str:
         over = gains(means, "scheduled", "static").values()
         above, below = sum(gain.low > 0 for gain in over), sum(gain.high < 0 for gain in over)
         line = [above_line(means, i) for i in scheduled.tolist()]
+        also = [above_line(in_float[name], i) for i in in_float[name].of("scheduled").tolist()]
         shown = " / ".join(f"{interval.estimate:.{digits}f}" for interval in levels.values())
         lines.append(
             f"| {TITLES[name]} | {unit} | {show(rank)} | {shown} | {show(difference, digits, '+')} "
             f"| {above} of {len(over)} | {below} of {len(over)} "
             f"| {sum(gain.low > 0 for gain in line)} of {len(line)} "
-            f"| {sum(gain.high < 0 for gain in line)} of {len(line)} |"
+            f"| {sum(gain.high < 0 for gain in line)} of {len(line)} "
+            f"| {sum(gain.low > 0 for gain in also)} of {len(also)} "
+            f"| {sum(gain.high < 0 for gain in also)} of {len(also)} |"
         )
     return "\n".join(lines)
 

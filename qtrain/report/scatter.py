@@ -110,7 +110,7 @@ def draw_comparison(means: Means, found: Comparison) -> bytes:
     cost_axis(lower, list(means.cost), f"budget: {means.against.label}")
     upper.set_ylabel(f"best {means.label}\nwithin the budget", fontsize=9.5)
     lower.set_ylabel(f"gain of {shortened(found.a, 20)},\n{family.metric.unit}", fontsize=9.5)
-    upper.legend(fontsize=9)
+    upper.legend(fontsize=9, loc="lower right" if means.family.metric.maximize else "upper right")
     bands = f"bands {100 * means.level:g} % bootstrap intervals over seeds; " if means.seeds.max() > 1 else ""
     upper.set_title(f"{family.title}; {bands}shaded: the costs that both cover", fontsize=10)
     return png(figure)
