@@ -47,6 +47,7 @@ def tabulated(
         bits: of each kind at every step, [steps]; None where it is not quantized.
         price: `bitops`, `linear`, or another function of the ops and the precision of a step.
     """
+    structure: Any
     leaves, structure = jax.tree.flatten(bits)
     if not leaves:
         raise UsageError("bits: no kind has a table; the cost of a run in float is that of a step times their number")

@@ -187,8 +187,8 @@ def gains(found: Means, a: str, b: str) -> dict[int, Interval]:
             for quality in (found.quality, found.drawn_quality)
         )
         seeds = int(min(found.seeds[i], found.seeds[rivals].min()))
-        ends = statistics.basic_ends(float(estimate), drawn, found.level) if seeds > 1 else (math.nan, math.nan)
-        result[i] = Interval(float(estimate), *ends, seeds)
+        low, high = statistics.basic_ends(float(estimate), drawn, found.level) if seeds > 1 else (math.nan, math.nan)
+        result[i] = Interval(float(estimate), low, high, seeds)
     return result
 
 

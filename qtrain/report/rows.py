@@ -91,7 +91,7 @@ def read_rows(path: Path, notes: list[str]) -> list[Run]:
 
 def _run(path: Path, row: dict[str, Any], base: dict[str, Any], environment: dict[str, Any]) -> Run:
     empty = Curve(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros((0, len(BITS)), np.float32))
-    origin = {key: row[key] for key in ("date", "source") if key in row}
+    origin: dict[str, Any] = {key: row[key] for key in ("date", "source") if key in row}
     return Run(
         name=str(path / row["run"]),
         config={**base, **row["config"]},
@@ -113,7 +113,7 @@ def _origin(run: Run) -> dict[str, Any]:
     stored = json.loads((folder / CONFIG).read_bytes())
     newest = folder / SUMMARY if run.finished else folder / CONFIG
     date = datetime.datetime.fromtimestamp(newest.stat().st_mtime, datetime.UTC).date().isoformat()
-    found = {"date": date, "environment": dict(leaves({key: stored[key] for key in _ENVIRONMENT if key in stored}))}
+    found: dict[str, Any] = {"date": date, "environment": dict(leaves({key: stored[key] for key in _ENVIRONMENT if key in stored}))}
     manifest = folder.parent / MANIFEST
     if manifest.exists():
         found["source"] = json.loads(manifest.read_bytes()).get("source", "")
