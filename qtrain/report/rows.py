@@ -113,7 +113,8 @@ def _origin(run: Run) -> dict[str, Any]:
     stored = json.loads((folder / CONFIG).read_bytes())
     newest = folder / SUMMARY if run.finished else folder / CONFIG
     date = datetime.datetime.fromtimestamp(newest.stat().st_mtime, datetime.UTC).date().isoformat()
-    found: dict[str, Any] = {"date": date, "environment": dict(leaves({key: stored[key] for key in _ENVIRONMENT if key in stored}))}
+    environment = {key: stored[key] for key in _ENVIRONMENT if key in stored}
+    found: dict[str, Any] = {"date": date, "environment": dict(leaves(environment))}
     manifest = folder.parent / MANIFEST
     if manifest.exists():
         found["source"] = json.loads(manifest.read_bytes()).get("source", "")
