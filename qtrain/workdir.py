@@ -79,9 +79,9 @@ def prepare(
     """Make `workdir` this run's folder, or recognise it as such, and say which.
 
     A new folder gets ``config.json``: the resolved config, `versions` (see `package_versions`), Python, the number of
-    CPU cores, and JAX's backend, device kind and device count. A folder that holds the same config is resumed, or done if the run ended;
-    other versions, devices or another section ``mesh`` there are a warning on stderr, since they may cost bit-identity
-    but not correctness.
+    CPU cores, and JAX's backend, device kind and device count. A folder that holds the same config is resumed, or done
+    if the run ended; other versions, devices or another section ``mesh`` there are a warning on stderr, since they may
+    cost bit-identity but not correctness.
 
     Args:
       workdir: the folder; it and its parents are created.
