@@ -6,6 +6,7 @@ python -m experiments.cpt_suite.analyse             # tables as Markdown; writes
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -143,58 +144,57 @@ def _difference(means: Means, a: str, b: str) -> Interval:
 
 
 def figure(found: dict[str, Means]) -> bytes:
-    """A panel a family: quality against cost, schedules in the colours of their groups, the static frontier behind."""
+    """A panel a family: gain over static 8 bits against cost, paired by seed; the colours are the groups."""
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
     drawn = make_figure(4.6 * columns, 3.7 * rows + 0.5)
     panels = drawn.subplots(rows, columns, squeeze=False).ravel()
     colours = dict(zip(GROUPS, (COLOURS[1], COLOURS[0], COLOURS[2]), strict=True))
     for axes, (name, means) in zip(panels, found.items(), strict=False):
-        top = static_at_most(means)
         static = means.of("static")
         order = static[np.argsort(means.cost[static])]
-        x = means.cost / top
-        ends = np.array([means.interval(i)[1:3] for i in range(len(means.points))]).T
-        errors = np.abs(ends - means.quality)
-        axes.errorbar(
-            x[order], means.quality[order], errors[:, order], fmt="s", color="0.35", markersize=5, label="static bits"
-        )
+        top, sign = order[-1], 1 if means.family.metric.maximize else -1
+        x = means.cost / means.cost[top]
+        y = sign * (means.quality - means.quality[top])
+        low, high = percentiles(sign * (means.drawn_quality - means.drawn_quality[:, [top]]))
+        errors = np.maximum(np.array([y - low, high - y]), 0)
+        marks = [(order, "s", "0.35", "static bits")]
+        marks += [(_members(means, group), "o", colour, group.replace("_", " ")) for group, colour in colours.items()]
+        for mine, marker, colour, label in marks:
+            axes.errorbar(x[mine], y[mine], errors[:, mine], fmt=marker, color=colour, markersize=5, label=label)
         budgets = np.linspace(x[order].min(), 1.02, 300)
-        maximize = means.family.metric.maximize
-        axes.plot(
-            budgets,
-            best_within(x[order], means.quality[order], budgets, maximize=maximize),
-            color="0.35",
-            linewidth=1,
-            label="best static within the cost",
-        )
+        best = best_within(x[order], y[order], budgets)
+        axes.plot(budgets, best, color="0.35", linewidth=1, label="best static within the cost")
         for i in order:
             width = means.points[i].label.split()[0]
-            axes.annotate(
-                width, (x[i], means.quality[i]), (4, -11), textcoords="offset points", fontsize=7, color="0.35"
-            )
-        for group, colour in colours.items():
-            mine = _members(means, group)
-            axes.errorbar(
-                x[mine],
-                means.quality[mine],
-                errors[:, mine],
-                fmt="o",
-                color=colour,
-                markersize=5,
-                label=group.replace("_", " "),
-            )
+            axes.annotate(width, (x[i], y[i]), (4, -11), textcoords="offset points", fontsize=7, color="0.35")
+        _leave_collapsed(axes, means, y)
+        axes.axhline(0, color="0.6", linewidth=0.7, linestyle="--")
         axes.set_title(TITLES[name], fontsize=10)
         axes.set_xlabel("BitOps of training, static 8 bits = 1")
-        axes.set_ylabel(_digits(means)[1])
-        if not maximize:
-            axes.invert_yaxis()
+        axes.set_ylabel("gain over static 8 bits, " + ("points" if sign > 0 else "nats a byte"))
         axes.grid(alpha=0.3)
     for axes in panels[len(found) :]:
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return png(drawn)
+
+
+def _leave_collapsed(axes: Any, means: Means, y: np.ndarray) -> None:
+    """End the axis above what is far below the rest, and name it: it would flatten everything else."""
+    middle = np.median(y)
+    far = y < middle - 6 * (y.max() - middle) - 6 * np.median(np.abs(y - middle))
+    if far.any():
+        kept = y[~far]
+        axes.set_ylim(kept.min() - 0.5 * np.ptp(kept), kept.max() + 0.4 * np.ptp(kept))
+        axes.annotate(
+            "below: " + ", ".join(f"{means.points[i].label} at {y[i]:.1f}" for i in np.flatnonzero(far)),
+            (0.02, 0.02),
+            xycoords="axes fraction",
+            fontsize=8,
+            color="0.35",
+        )
 
 
 if __name__ == "__main__":
