@@ -19,6 +19,8 @@ usage: qtrain COMMAND [flags]
   plan       what a config quantizes, how, and at what cost; trains nothing
   search     a width for each layer of a run, under a budget: qtrain search --workdir runs/digits --budget bits=3
   export     a run's weights as packed integers in one file: qtrain export --workdir runs/digits --out model.safetensors
+  plan-budget  when to switch quantization on, at what width: qtrain plan-budget --params 1e8 --tokens 2e9 --memory 50MB
+  fit        the laws of plan-budget from your own runs: qtrain fit runs/qat --out law.json
   report     a page on runs and sweeps, from their metrics files: qtrain report runs/suite --out report
   schedules  the ten cyclic precision schedules as a table and a picture
   bench      what quantized train steps cost: float32, bfloat16, qtrain, AQT and Qwix, measured in turn
@@ -72,6 +74,18 @@ def _report(arguments: list[str]) -> int:
     return run(arguments)
 
 
+def _plan_budget(arguments: list[str]) -> int:
+    from qtrain.planner.command import run
+
+    return run(arguments)
+
+
+def _fit(arguments: list[str]) -> int:
+    from qtrain.planner.fit_command import run
+
+    return run(arguments)
+
+
 def _bench(arguments: list[str]) -> int:
     from qtrain.bench.command import run
 
@@ -84,6 +98,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "search": _search,
     "export": _export,
+    "plan-budget": _plan_budget,
+    "fit": _fit,
     "report": _report,
     "schedules": _schedules,
     "bench": _bench,

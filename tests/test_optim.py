@@ -61,6 +61,9 @@ def closed_form(schedule, t, warmup=0, peak=0.1, final=0.01, factor=0.1, boundar
         return peak * ((1 - final) * (1 + np.cos(np.pi * u)) / 2 + final)
     if schedule == "linear":
         return peak + (peak * final - peak) * u
+    if schedule == "wsd":
+        u = max(t - (STEPS - 20), 0) / 20
+        return peak * ((1 - final) * (1 + np.cos(np.pi * u)) / 2 + final)
     if schedule == "step":
         return peak * factor ** sum(t >= percent for percent in boundaries)
     return peak
@@ -76,6 +79,35 @@ def test_learning_rates(schedule, warmup):
     np.testing.assert_allclose(
         found, [closed_form(schedule, t, warmup) for t in range(STEPS + 1)], rtol=1e-5, atol=1e-8
     )
+
+
+def halved_cosine(peak, final, steps):
+    return peak * (final + (1 - final) * (1 + np.cos(np.pi * np.arange(steps) / steps)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("restart", "cooldown", "decay", "parts"),
+    [  # parts: (warm-up, stable, falling) each
+        (60, 20, 10, [(5, 35, 20), (5, 25, 10)]),
+        (90, 20, 100, [(5, 65, 20), (5, 0, 5)]),  # what is left after the warm-up decays
+        (0, 20, 100, [(5, 0, 95)]),
+        (0, 20, 0, [(5, 95, 0)]),
+        (98, 20, 100, [(5, 73, 20), (1, 0, 1)]),  # the warm-up leaves an update
+        (100, 20, 100, [(5, 74, 20), (0, 0, 1)]),
+    ],
+)
+def test_a_restart_is_a_part_of_its_own(restart, cooldown, decay, parts):
+    config = settings(
+        warmup_steps=5, final_factor=0.1, restart_percent=restart, cooldown_percent=cooldown, decay_percent=decay
+    )
+    config.schedule = "wsd"
+    expected = [
+        rate
+        for rising, stable, falling in parts
+        for rate in (*(0.1 * np.arange(rising) / max(rising, 1)), *[0.1] * stable, *halved_cosine(0.1, 0.1, falling))
+    ]
+    found = jax.jit(jax.vmap(learning_rate_schedule(config, STEPS, EPOCH)))(np.arange(STEPS))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("unit", [{"warmup_steps": 20}, {"warmup_epochs": 1.0}, {"warmup_percent": 20.0}])

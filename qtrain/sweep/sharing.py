@@ -22,7 +22,8 @@ from qtrain.workdir import leaves
 
 DATA = re.compile(
     r"seed|schedule(\..*)?|losses\.\w+\.(rate|schedule)|"
-    r"optimizer\.(learning_rate|schedule|final_factor|decay_factor|boundaries_percent|warmup_\w+)"
+    r"optimizer\.(learning_rate|schedule|final_factor|decay_factor|boundaries_percent|decay_percent|restart_percent|"
+    r"cooldown_percent|warmup_\w+)"
 )
 """Keys whose values a compiled step takes as arguments: tables of bits, learning rates and rates, and keys."""
 _SHOWN = 4
