@@ -8,7 +8,7 @@ import numpy as np
 
 from qtrain.statistics import percentiles
 
-LOOSE = 10.0
+LOOSE = 4.0
 """A constant whose interval spans more than this factor is one that the runs do not identify."""
 
 

@@ -20,6 +20,7 @@ EXPONENTS = (0.01, 3.0)
 WORTH = (1e-4, 4.0)
 _STARTS = (0.1, 0.35, 0.8)
 _FLOORS = (0.3, 0.9)
+_PROMISING = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,13 +164,28 @@ class _Model:
 
     def predict(self, theta: np.ndarray) -> np.ndarray:
         """ln L̂ of each run."""
+        return np.logaddexp.reduce(self._log_terms(theta), axis=0)
+
+    def jacobian(self, theta: np.ndarray) -> np.ndarray:
+        """d ln L̂/dθ, [runs, θ]: each term counts by its share of the loss."""
+        terms = self._log_terms(theta)
+        shares = np.exp(terms - np.logaddexp.reduce(terms, axis=0))
+        alpha = np.exp(theta[1])
+        worth = np.append(theta[self.first_worth :], 0.0)[self.which]
+        columns = [shares[0], -shares[0] * alpha * (self.log_params + worth), shares[1]]
+        if self.with_tokens:
+            columns += [shares[2], -shares[2] * np.exp(theta[4]) * self.log_tokens]
+        columns += [np.where(self.which == index, -shares[0] * alpha, 0.0) for index in range(len(self.free))]
+        return np.stack(columns, axis=1)
+
+    def _log_terms(self, theta: np.ndarray) -> np.ndarray:
         worth = np.append(theta[self.first_worth :], 0.0)[self.which]
         terms = [theta[0] - np.exp(theta[1]) * (self.log_params + worth), np.full(len(self.rows), theta[2])]
         if self.with_tokens:
             terms.append(theta[3] - np.exp(theta[4]) * self.log_tokens)
-        return np.logaddexp.reduce(np.clip(terms, -700, 700), axis=0)
+        return np.clip(terms, -700, 700)
 
-    def solve(self, start: np.ndarray, log_loss: np.ndarray) -> Any:
+    def solve(self, start: np.ndarray, log_loss: np.ndarray, evaluations: int = 300) -> Any:
         """The nearest optimum."""
         from scipy.optimize import least_squares
 
@@ -177,17 +193,19 @@ class _Model:
         return least_squares(
             lambda theta: self.predict(theta) - log_loss,
             inside,
+            jac=self.jacobian,
             bounds=(self.low, self.high),
             loss="huber",
             f_scale=HUBER,
             x_scale="jac",
-            max_nfev=400,
+            max_nfev=evaluations,
         )
 
     def best(self) -> np.ndarray:
         """The best of the optima from all starts."""
-        found = [self.solve(start, self.log_loss) for start in self._starts()]
-        return min(found, key=lambda one: one.cost).x
+        first = [self.solve(start, self.log_loss, evaluations=40) for start in self._starts()]
+        promising = sorted(first, key=lambda one: one.cost)[:_PROMISING]
+        return min((self.solve(one.x, self.log_loss) for one in promising), key=lambda one: one.cost).x
 
     def _starts(self) -> list[np.ndarray]:
         loss = np.exp(self.log_loss)

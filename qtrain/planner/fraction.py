@@ -101,7 +101,7 @@ def optimal_fraction(tokens_per_byte: float, constant: float = CONSTANT) -> floa
       UsageError: S of 1 or less.
 
     >>> [round(optimal_fraction(S), 3) for S in (20, 100, 1e3, 1e4, 1e5)]
-    [0.106, 0.232, 0.378, 0.482, 0.557]
+    [0.106, 0.232, 0.377, 0.482, 0.557]
     """
     if not tokens_per_byte > 1:
         raise UsageError(f"tokens_per_byte={tokens_per_byte!r}: the fraction law has a value above 1 alone")

@@ -29,7 +29,7 @@ def effective_parameters(params: float, weights: float, acts: float, kv: float) 
     for kind, bits in (("weights", weights), ("acts", acts), ("kv", kv)):
         factor = 1 - math.exp(-bits / GAMMA[kind] + OFFSET[kind])
         if factor <= 0:
-            raise UsageError(f"{kind}={bits:g} bits: Kumar's law leaves no effective parameters; it starts at 3 bits")
+            raise UsageError(f"{kind}={bits:g} bits: Kumar's law leaves no effective parameters there; give more bits")
         product *= factor
     return params * product
 
@@ -63,4 +63,4 @@ def compute_optimal_width() -> float:
     def worth(bits: float) -> float:
         return -effective_parameters(1.0, bits, bits, bits) / bits
 
-    return float(minimize_scalar(worth, bounds=(3, 16), method="bounded").x)
+    return float(minimize_scalar(worth, bounds=(4, 16), method="bounded").x)

@@ -121,7 +121,7 @@ def plan_budget(
     """
     _check(params, tokens, compute, memory, bits, group_size)
     widths = loss_law.widths if bits is None else (bits,)
-    options = []
+    options, notes = [], list[str]()
     for width in widths:
         size = params if params is not None else params_that_fit(memory or 0.0, width, group_size)
         seen = tokens if tokens is not None else (compute or 0.0) / (FLOPS_PER_PARAMETER * size)
@@ -129,9 +129,17 @@ def plan_budget(
         # The least loss of doubles: N = 8M/b fills the memory to the last byte.
         fits = None if memory is None else taken <= memory * (1 + 1e-9)
         ratio = tokens_per_parameter_byte(size, seen, width)
-        loss = loss_law(Setting(size, seen, width, acts, group_size))
+        try:
+            loss = loss_law(Setting(size, seen, width, acts, group_size))
+        except UsageError as error:
+            if bits is not None:
+                raise
+            notes.append(f"{width} bits left out: {error}")
+            continue
         fraction = 0.0 if width >= FLOAT_BITS else fraction_law(ratio)
         options.append(Option(width, size, seen, taken, fits, ratio, fraction, loss))
+    if not options:
+        raise UsageError(f"the law {loss_law.name!r} has a loss for no width: {notes[0]}")
     fitting = [option for option in options if option.fits is not False]
     if not fitting:
         least = options[0]
@@ -144,7 +152,7 @@ def plan_budget(
     warnings = loss_law.warnings(setting)
     if chosen.bits < FLOAT_BITS:
         warnings = [*fraction_law.warnings(chosen.tokens_per_byte, chosen.params, chosen.bits), *warnings]
-    notes = _notes(chosen, fitting, memory if params is not None else None, group_size, loss_law)
+    notes += _notes(chosen, fitting, memory if params is not None else None, group_size, loss_law)
     return Plan(chosen, tuple(options), loss_law, fraction_law, tuple(warnings), tuple(notes), memory, group_size)
 
 

@@ -1,0 +1,54 @@
+"""The points that every family of this study has: when quantization is switched on, and what the learning rate does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
+WARMUP = 2.0
+"""Percent of the run, also of the second warm-up."""
+COOLDOWN = 20.0
+"""Percent of the run: the decay in float, before quantization, or of a run that is never trained quantized."""
+ARMS = ("fused", "cooldown")
+
+
+def switched(fraction: float, bits: int, arm: str, steps: int) -> dict[str, Any]:
+    """The overrides of a run of `steps` whose last `fraction` is quantized to `bits`.
+
+    fused: no decay in float; the learning rate is constant until the switch and decays from there on. cooldown: it decays
+    before the switch, is warmed up anew at it, and decays again. With fraction 0 the last step alone is quantized, at a
+    learning rate of next to nothing, so that the loss at the bits of the last step is that of rounding after training; with
+    1 there is no float part. Both arms are the same then.
+    """
+    start = steps - 1 if fraction == 0 else round(steps * (1 - fraction))
+    rate = {"optimizer.restart_percent": 0.0, "optimizer.decay_percent": COOLDOWN}
+    if 0 < fraction < 1 and arm == "cooldown":
+        rate = {"optimizer.restart_percent": 100 * (1 - fraction), "optimizer.decay_percent": 100.0}
+    elif fraction > 0:
+        rate["optimizer.decay_percent"] = 100 * fraction
+    return {"schedule.weights.bits": bits, "schedule.weights.start_steps": float(start), **rate}
+
+
+def points(
+    bits: Sequence[int], steps: int, seeds: int, arms: Sequence[str] = ARMS, fractions: Sequence[float] = FRACTIONS
+) -> Iterator[dict[str, Any]]:
+    """Every fraction with every width and seed, each arm where it differs."""
+    for seed in range(seeds):
+        for width in bits:
+            for fraction in fractions:
+                for arm in arms if 0 < fraction < 1 else arms[:1]:
+                    yield {**switched(fraction, width, arm, steps), "seed": seed}
+
+
+def settings(config: Any) -> None:
+    """What the families share: weights quantized per output channel, all layers, everything else in float."""
+    config.quant.update(acts="none", grads="none")
+    config.quant.rules = ({"path": ".*", "weight_quantizer": "symmetric/channel", "act_quantizer": "none"},)
+    config.schedule.update(name="float")
+    config.schedule.weights.update(name="delayed", start_steps=0.0, bits=4)
+    config.optimizer.update(
+        schedule="wsd", warmup_percent=WARMUP, cooldown_percent=COOLDOWN, decay_percent=COOLDOWN, restart_percent=0.0
+    )
+    config.eval.update(every_percent=0.0)
+    config.checkpoint.update(every_percent=50.0)

@@ -1,0 +1,31 @@
+"""When to switch quantization on (Dremov et al. 2025, arXiv 2509.22935): a small byte-level transformer.
+
+Weights to 2, 3, 4 and 8 bits for the last 0 to 100 % of 800 steps, tiny_shakespeare; a cooldown in float and a second
+warm-up against none (fused).
+Command: qtrain sweep --config experiments/qat_fraction/transformer.py --workdir runs/qat_fraction/transformer --vectorized
+"""
+
+import sys
+from pathlib import Path
+
+from qtrain.config import base_config, finish
+
+sys.path.insert(0, str(Path(__file__).parent))
+from grid import points, settings
+
+STEPS = 800
+
+
+def get_config(argument: str = ""):
+    config = base_config("tiny_shakespeare_transformer")
+    config.model.update(num_layers=2, width=32, num_heads=2)
+    config.data.update(batch_size=16, length=64)
+    config.quant.ops = ("weighted",)
+    config.optimizer.learning_rate = 4e-3
+    config.train.update(steps=STEPS, log_every_steps=100)
+    settings(config)
+    return finish(config, argument)
+
+
+def sweep():
+    return points((2, 3, 4, 8), STEPS, seeds=2)
