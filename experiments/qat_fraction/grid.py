@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from qtrain import sweep
+
 FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 WARMUP = 2.0
 """Percent of the run, also of the second warm-up."""
@@ -16,10 +18,10 @@ ARMS = ("fused", "cooldown")
 def switched(fraction: float, bits: int, arm: str, steps: int) -> dict[str, Any]:
     """The overrides of a run of `steps` whose last `fraction` is quantized to `bits`.
 
-    fused: no decay in float; the learning rate is constant until the switch and decays from there on. cooldown: it decays
-    before the switch, is warmed up anew at it, and decays again. With fraction 0 the last step alone is quantized, at a
-    learning rate of next to nothing, so that the loss at the bits of the last step is that of rounding after training; with
-    1 there is no float part. Both arms are the same then.
+    fused: no decay in float; the learning rate is constant until the switch and decays from there on. cooldown: it
+    decays before the switch, is warmed up anew at it, and decays again. With fraction 0 the last step alone is
+    quantized, at a learning rate of next to nothing, so that the loss at the bits of the last step is that of rounding
+    after training; with 1 there is no float part. Both arms are the same then.
     """
     start = steps - 1 if fraction == 0 else round(steps * (1 - fraction))
     rate = {"optimizer.restart_percent": 0.0, "optimizer.decay_percent": COOLDOWN}
@@ -30,15 +32,20 @@ def switched(fraction: float, bits: int, arm: str, steps: int) -> dict[str, Any]
     return {"schedule.weights.bits": bits, "schedule.weights.start_steps": float(start), **rate}
 
 
-def points(
-    bits: Sequence[int], steps: int, seeds: int, arms: Sequence[str] = ARMS, fractions: Sequence[float] = FRACTIONS
-) -> Iterator[dict[str, Any]]:
+def points(bits: Sequence[int], steps: int, seeds: int, arms: Sequence[str] = ARMS) -> Iterator[dict[str, Any]]:
     """Every fraction with every width and seed, each arm where it differs."""
     for seed in range(seeds):
         for width in bits:
-            for fraction in fractions:
+            for fraction in FRACTIONS:
                 for arm in arms if 0 < fraction < 1 else arms[:1]:
-                    yield {**switched(fraction, width, arm, steps), "seed": seed}
+                    yield {**switched(fraction, width, arm, steps), "seed": seed, "train.steps": steps}
+
+
+def lengths(bits: Sequence[int], steps: Sequence[int], seeds: int) -> Iterator[dict[str, Any]]:
+    """Both arms at the first length; at the others the fused one alone, for the dependence on tokens."""
+    first, *others = steps
+    more = (points(bits, other, seeds, arms=("fused",)) for other in others)
+    return sweep.chain(points(bits, first, seeds), *more)
 
 
 def settings(config: Any) -> None:
@@ -50,5 +57,5 @@ def settings(config: Any) -> None:
     config.optimizer.update(
         schedule="wsd", warmup_percent=WARMUP, cooldown_percent=COOLDOWN, decay_percent=COOLDOWN, restart_percent=0.0
     )
-    config.eval.update(every_percent=0.0)
+    config.eval.update(every_percent=0.0, splits=("test",))
     config.checkpoint.update(every_percent=50.0)

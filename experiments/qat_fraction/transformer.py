@@ -1,8 +1,9 @@
 """When to switch quantization on (Dremov et al. 2025, arXiv 2509.22935): a small byte-level transformer.
 
-Weights to 2, 3, 4 and 8 bits for the last 0 to 100 % of 800 steps, tiny_shakespeare; a cooldown in float and a second
-warm-up against none (fused).
-Command: qtrain sweep --config experiments/qat_fraction/transformer.py --workdir runs/qat_fraction/transformer --vectorized
+Weights at 2, 3 and 4 bits for the last 0 to 100 % of 800 steps, tiny_shakespeare; a cooldown in float and a second
+warm-up against none (fused). Fused also at 400 steps. Two seeds.
+Command: qtrain sweep --config experiments/qat_fraction/transformer.py --workdir runs/qat_fraction/transformer \
+    --vectorized --separate
 """
 
 import sys
@@ -11,21 +12,23 @@ from pathlib import Path
 from qtrain.config import base_config, finish
 
 sys.path.insert(0, str(Path(__file__).parent))
-from grid import points, settings
+from grid import lengths, settings
 
-STEPS = 800
+STEPS = (800, 400)
 
 
 def get_config(argument: str = ""):
+    """The config that the points change."""
     config = base_config("tiny_shakespeare_transformer")
     config.model.update(num_layers=2, width=32, num_heads=2)
     config.data.update(batch_size=16, length=64)
     config.quant.ops = ("weighted",)
     config.optimizer.learning_rate = 4e-3
-    config.train.update(steps=STEPS, log_every_steps=100)
+    config.train.update(steps=STEPS[0], log_every_steps=100)
     settings(config)
     return finish(config, argument)
 
 
 def sweep():
-    return points((2, 3, 4, 8), STEPS, seeds=2)
+    """The points."""
+    return lengths((2, 3, 4), STEPS, seeds=2)

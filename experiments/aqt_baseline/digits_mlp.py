@@ -1,0 +1,25 @@
+"""AQT at static 4 and 8 bits against qtrain on AQT's grid, then a schedule on top: a perceptron on the handwritten digits.
+
+Command: qtrain sweep --config experiments/aqt_baseline/digits_mlp.py --workdir runs/aqt_baseline/digits_mlp \
+    --vectorized --separate
+"""
+
+import sys
+from pathlib import Path
+
+from qtrain.config import base_config, finish
+
+sys.path.insert(0, str(Path(__file__).parent))
+from arms import points, settings
+
+
+def get_config(argument: str = ""):
+    """The config that the points change."""
+    config = base_config("digits_mlp")
+    settings(config, steps=1000)
+    return finish(config, argument)
+
+
+def sweep():
+    """The points."""
+    return points()

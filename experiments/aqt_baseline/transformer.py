@@ -1,0 +1,27 @@
+"""AQT at static 4 and 8 bits against qtrain on AQT's grid, then a schedule on top: a small byte-level transformer.
+
+Command: qtrain sweep --config experiments/aqt_baseline/transformer.py --workdir runs/aqt_baseline/transformer \
+    --vectorized --separate
+"""
+
+import sys
+from pathlib import Path
+
+from qtrain.config import base_config, finish
+
+sys.path.insert(0, str(Path(__file__).parent))
+from arms import points, settings
+
+
+def get_config(argument: str = ""):
+    """The config that the points change."""
+    config = base_config("tiny_shakespeare_transformer")
+    config.model.update(num_layers=2, width=64, num_heads=2)
+    config.data.update(batch_size=16, length=64)
+    settings(config, steps=400)
+    return finish(config, argument)
+
+
+def sweep():
+    """The points."""
+    return points()

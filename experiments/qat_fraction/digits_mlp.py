@@ -1,0 +1,32 @@
+"""When to switch quantization on: a perceptron on the handwritten digits, an example for a token.
+
+Weights at 2 and 4 bits for the last 0 to 100 % of 1000 steps, fused and with a cooldown in float; fused also at 250
+steps. Three seeds.
+Command: qtrain sweep --config experiments/qat_fraction/digits_mlp.py --workdir runs/qat_fraction/digits_mlp \
+    --vectorized --separate
+"""
+
+import sys
+from pathlib import Path
+
+from qtrain.config import base_config, finish
+
+sys.path.insert(0, str(Path(__file__).parent))
+from grid import lengths, settings
+
+STEPS = (1000, 250)
+
+
+def get_config(argument: str = ""):
+    """The config that the points change."""
+    config = base_config("digits_mlp")
+    config.model.features = (32, 32)
+    config.data.update(augment=("crop",), crop_padding=1)
+    config.train.update(steps=STEPS[0], log_every_steps=100)
+    settings(config)
+    return finish(config, argument)
+
+
+def sweep():
+    """The points."""
+    return lengths((2, 4), STEPS, seeds=3)
