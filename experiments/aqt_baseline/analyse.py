@@ -11,21 +11,18 @@ import datetime
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arms import STATIC
 
 from qtrain.report.runs import find_runs, read_run
 from qtrain.statistics import bootstrap_interval
 from qtrain.workdir import CONFIG, DONE
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from arms import STATIC
-
 RESULTS, COMPARED = HERE / "results.jsonl", HERE / "compare.jsonl"
 AT = (1, 2, 10, 30, 100, 300, 1000)
 """Steps whose losses are compared."""
@@ -100,12 +97,10 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
     """Numerics at one state; the losses of runs of AQT and qtrain, step by step; the results of the arms."""
     parts = []
     if COMPARED.exists():
-        rows = [
-            "| family | bits | loss, one state: largest | gradients: largest | median | one weight nudged, step 100 |"
-        ]
+        rows = ["| family | bits | loss: largest | gradients: largest | median | moved by 1 ulp, step 100 |"]
         rows.append("|---|---|---|---|---|---|")
         for line in map(json.loads, COMPARED.read_text().splitlines()):
-            gradients, apart = line["same_state_gradients"], line["one_weight_nudged_loss"]
+            gradients, apart = line["same_state_gradients"], line["moved_by_one_ulp_loss"]
             numbers = (line["same_state_loss"]["largest"], gradients["largest"], gradients["median"], apart.get("100"))
             shown = " | ".join("–" if number is None else f"{number:.1e}" for number in numbers)
             rows.append(f"| {line['family']} | {line['bits']} | {shown} |")

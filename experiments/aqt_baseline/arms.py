@@ -16,14 +16,9 @@ def points() -> Iterator[dict[str, Any]]:
     for seed in range(SEEDS):
         for bits in STATIC:
             for backend in ("aqt", "qtrain"):
-                yield static(backend, bits, seed)
+                yield {"quant.backend": backend, "schedule.name": "constant", "schedule.bits": bits, "seed": seed}
         yield {"quant.backend": "qtrain", "schedule.name": "CR", "seed": seed}
         yield {"quant.backend": "qtrain", "schedule.name": "float", "seed": seed}
-
-
-def static(backend: str, bits: int, seed: int) -> dict[str, Any]:
-    """A point at constant bits."""
-    return {"quant.backend": backend, "schedule.name": "constant", "schedule.bits": bits, "seed": seed}
 
 
 def settings(config: Any, steps: int) -> None:

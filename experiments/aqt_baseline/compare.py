@@ -2,37 +2,34 @@
 
     python experiments/aqt_baseline/compare.py [--only digits_mlp] [--steps 100]
 
-At each step of a qtrain run both compute the loss and the gradients from the run's parameters and batch: what differs then
-is numerics alone. A second qtrain run starts with one weight moved to the next float32: what two runs of the same
-program come to differ by. Writes compare.jsonl, a line for each family and width.
+At each step of a qtrain run both compute the loss and the gradients from the run's parameters and batch: what differs
+then is numerics alone. A second qtrain run starts with every parameter moved to the next float32, up or down: what two
+runs of one program come to differ by. Writes compare.jsonl, a line for each family and width.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import importlib
 import json
 import os
 import platform
-import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arms import FAMILIES, STATIC
 
 from qtrain import sharding
 from qtrain.experiment import Experiment, build
 from qtrain.programs import Programs
 from qtrain.workdir import package_versions
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-from arms import FAMILIES, STATIC, static
-
-WRITTEN = HERE / "compare.jsonl"
+WRITTEN = Path(__file__).parent / "compare.jsonl"
 
 
 def main() -> None:
@@ -76,7 +73,7 @@ def compare(family: str, bits: int, steps: int) -> dict[str, Any]:
         "steps": steps,
         "same_state_loss": {"largest": max(same_loss), "median": float(np.median(same_loss))},
         "same_state_gradients": {"largest": max(same_gradients), "median": float(np.median(same_gradients))},
-        "one_weight_nudged_loss": {str(step): apart[step - 1] for step in (2, 10, 30, 100) if step <= steps},
+        "moved_by_one_ulp_loss": {str(step): apart[step - 1] for step in (2, 10, 30, 100) if step <= steps},
         "command": f"python experiments/aqt_baseline/compare.py --only {family} --steps {steps}",
         "versions": package_versions(("qtrain", "jax", "jaxlib", "flax", "aqtp", "numpy")),
         "hardware": f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {platform.machine()}",
@@ -89,7 +86,7 @@ def experiment_of(family: str, backend: str, bits: int) -> Experiment:
     config = importlib.import_module(family).get_config()
     with config.unlocked():
         config.quant.backend = backend
-        config.schedule.update(name="constant", bits=static(backend, bits, 0)["schedule.bits"])
+        config.schedule.update(name="constant", bits=bits)
     return build(config)
 
 
@@ -117,15 +114,13 @@ def relative(found: Any, expected: Any) -> float:
 
 
 def nudged(state: Any) -> Any:
-    """The first weight of the first kernel moved to the next float32."""
-    leaves, structure = jax.tree.flatten(state.params)
-    index = next(i for i, leaf in enumerate(leaves) if leaf.ndim > 1)
-    flat = leaves[index].ravel()
-    flat = flat.at[0].set(jnp.nextafter(flat[0], jnp.float32(np.inf)))
-    leaves[index] = flat.reshape(leaves[index].shape)
-    import dataclasses
+    """Every parameter moved to the next float32, up or down by chance: by as much as one rounding of a sum."""
+    random = np.random.default_rng(0)
 
-    return dataclasses.replace(state, params=jax.tree.unflatten(structure, leaves))
+    def moved(leaf: Any) -> jax.Array:
+        return jnp.nextafter(leaf, jnp.asarray(random.choice([-jnp.inf, jnp.inf], leaf.shape), leaf.dtype))
+
+    return dataclasses.replace(state, params=jax.tree.map(moved, state.params))
 
 
 if __name__ == "__main__":

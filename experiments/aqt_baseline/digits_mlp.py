@@ -1,4 +1,4 @@
-"""AQT at static 4 and 8 bits against qtrain on AQT's grid, then a schedule on top: a perceptron on the handwritten digits.
+"""AQT at static 4 and 8 bits against qtrain on AQT's grid, a schedule on top: a perceptron on the handwritten digits.
 
 Command: qtrain sweep --config experiments/aqt_baseline/digits_mlp.py --workdir runs/aqt_baseline/digits_mlp \
     --vectorized --separate

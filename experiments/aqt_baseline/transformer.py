@@ -1,4 +1,4 @@
-"""AQT at static 4 and 8 bits against qtrain on AQT's grid, then a schedule on top: a small byte-level transformer.
+"""AQT at static 4 and 8 bits against qtrain on AQT's grid, a schedule on top: a small byte-level transformer.
 
 Command: qtrain sweep --config experiments/aqt_baseline/transformer.py --workdir runs/aqt_baseline/transformer \
     --vectorized --separate
