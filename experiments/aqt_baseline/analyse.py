@@ -126,7 +126,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
             shown = "–"
             if differences and arm != "aqt 8":
                 found = bootstrap_interval(differences)
-                shown = f"{found.mean:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+                shown = f"{found.estimate:+.4f}" + (f" [{found.low:+.4f}, {found.high:+.4f}]" if found else "")
             bitops = [line["effective_bitops"] for line in mine.values()]
             cost = "–" if None in bitops else f"{np.mean(bitops):.3e}"
             rows.append(f"| {family} | {arm} | {len(mine)} | {accuracy:.2f} | {loss:.4f} | {shown} | {cost} |")

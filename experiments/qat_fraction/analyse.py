@@ -128,8 +128,8 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
         differences = _differences(arms)
         if differences:
             interval = bootstrap_interval(differences)
-            ends = f"[{interval.low:+.4f}, {interval.high:+.4f}]"
-            compared.append(_row([family, f"{tokens:.3g}", str(bits), f"{interval.mean:+.4f} {ends}", str(interval.n)]))
+            text = f"{interval.estimate:+.4f}{_ends(interval.low, interval.high, '+.4f')}"
+            compared.append(_row([family, f"{tokens:.3g}", str(bits), text, str(interval.n)]))
     parts += ["\n".join(losses), "\n".join(compared)]
     parts += [_optima(lines, arm) for arm in ("fused", "cooldown")]
     return "\n\n".join(part for part in parts if part)
@@ -160,12 +160,18 @@ def _optima(lines: Sequence[dict[str, Any]], arm: str) -> str:
                 continue
             remark = [f"at the {cell.edge} fraction"] if cell.edge else []
             remark += ["S clipped to 20"] if cell.tokens_per_byte < law.low else []
-            shown = f"{cell.optimum:.3f} [{cell.low:.3f}, {cell.high:.3f}]"
+            shown = f"{cell.optimum:.3f}{_ends(cell.low, cell.high, '.3f')}"
             numbers = [f"{cell.tokens:.3g}", str(cell.bits), f"{cell.tokens_per_byte:.3g}", shown]
             found.append(_row([arm, family, *numbers, f"{law(cell.tokens_per_byte):.3f}", ", ".join(remark)]))
         a = fitted.fraction.constant
-        found.append(_row([arm, family, "", "", "", f"a = {a.value:.2f} [{a.low:.2f}, {a.high:.2f}]", "a = 6.73", ""]))
+        text = f"a = {a.value:.2f}{_ends(a.low, a.high, '.2f')}"
+        found.append(_row([arm, family, "", "", "", text, "a = 6.73", "" if a.identified else "not identified"]))
     return "\n".join(found)
+
+
+def _ends(low: float, high: float, form: str) -> str:
+    """An interval, where there is one."""
+    return f" [{low:{form}}, {high:{form}}]" if np.isfinite([low, high]).all() else ""
 
 
 def _row(parts: Sequence[str]) -> str:
