@@ -15,7 +15,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("cost", "data", "export", "inject", "losses", "methods", "models", "optim", "quantizers", "schedules")
+_MODULES = (
+    "cost",
+    "data",
+    "export",
+    "inject",
+    "losses",
+    "methods",
+    "models",
+    "optim",
+    "planner",
+    "quantizers",
+    "schedules",
+)
 _NAMES = {
     "Precision": "qtrain.precision",
     "Rule": "qtrain.inject",

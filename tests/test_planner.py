@@ -244,6 +244,7 @@ def test_a_width_that_a_law_has_no_loss_for_is_left_out():
         (["--tokens", "2e9", "--params", "1e8", "--bits", "4", "--law", "qest"], "--law 'qest'.*Did you mean 'quest'"),
         (["--tokens", "2e9", "--params", "1e8", "--bits", "4", "--acts", "8"], "use --law kumar"),
         (["--tokens", "2e9", "--params", "1e8", "--bits", "4", "--law", "no.json"], "'no.json' cannot be read"),
+        (["fit", "runs"], "a command of its own: qtrain fit RUNS"),
         (["--tokns", "2e9"], "--tokns: no such flag.*Did you mean '--tokens'"),
     ],
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -75,7 +74,7 @@ def read(root: Path) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
                 "steps": run.step,
                 "loss_at": {str(step): float(run.curve.loss[step - 1]) for step in AT if step <= run.step},
                 "versions": environment["versions"],
-                "hardware": f"{environment['device']}, {os.cpu_count()} cores, {platform.machine()}",
+                "hardware": f"{environment['device']}, {environment.get('cores')} cores, {platform.machine()}",
                 "date": datetime.datetime.fromtimestamp((folder / DONE).stat().st_mtime).date().isoformat(),
             }
             lines.append(line)

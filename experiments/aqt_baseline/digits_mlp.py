@@ -4,22 +4,21 @@ Command: qtrain sweep --config experiments/aqt_baseline/digits_mlp.py --workdir 
     --vectorized --separate
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 from qtrain.config import base_config, finish
 
-sys.path.insert(0, str(Path(__file__).parent))
-from arms import points, settings
+shared = runpy.run_path(str(Path(__file__).with_name("arms.py")))
 
 
 def get_config(argument: str = ""):
     """The config that the points change."""
     config = base_config("digits_mlp")
-    settings(config, steps=1000)
+    shared["settings"](config, steps=1000)
     return finish(config, argument)
 
 
 def sweep():
     """The points."""
-    return points()
+    return shared["points"]()

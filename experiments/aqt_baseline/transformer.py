@@ -4,13 +4,12 @@ Command: qtrain sweep --config experiments/aqt_baseline/transformer.py --workdir
     --vectorized --separate
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 from qtrain.config import base_config, finish
 
-sys.path.insert(0, str(Path(__file__).parent))
-from arms import points, settings
+shared = runpy.run_path(str(Path(__file__).with_name("arms.py")))
 
 
 def get_config(argument: str = ""):
@@ -18,10 +17,10 @@ def get_config(argument: str = ""):
     config = base_config("tiny_shakespeare_transformer")
     config.model.update(num_layers=2, width=64, num_heads=2)
     config.data.update(batch_size=16, length=64)
-    settings(config, steps=400)
+    shared["settings"](config, steps=400)
     return finish(config, argument)
 
 
 def sweep():
     """The points."""
-    return points()
+    return shared["points"]()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -74,7 +73,7 @@ def read(root: Path) -> Iterable[dict[str, Any]]:
                 "tokens": row.tokens,
                 **{name: summary[name] for name in NUMBERS},
                 "versions": environment["versions"],
-                "hardware": f"{environment['device']}, {os.cpu_count()} cores, {platform.machine()}",
+                "hardware": f"{environment['device']}, {environment.get('cores')} cores, {platform.machine()}",
                 "date": datetime.datetime.fromtimestamp((folder / DONE).stat().st_mtime).date().isoformat(),
             }
 

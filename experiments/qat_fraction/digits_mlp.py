@@ -6,13 +6,12 @@ Command: qtrain sweep --config experiments/qat_fraction/digits_mlp.py --workdir 
     --vectorized --separate
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 from qtrain.config import base_config, finish
 
-sys.path.insert(0, str(Path(__file__).parent))
-from grid import lengths, settings
+shared = runpy.run_path(str(Path(__file__).with_name("grid.py")))
 
 STEPS = (1000, 250)
 
@@ -23,10 +22,10 @@ def get_config(argument: str = ""):
     config.model.features = (32, 32)
     config.data.update(augment=("crop",), crop_padding=1)
     config.train.update(steps=STEPS[0], log_every_steps=100)
-    settings(config)
+    shared["settings"](config)
     return finish(config, argument)
 
 
 def sweep():
     """The points."""
-    return lengths((2, 4), STEPS, seeds=3)
+    return shared["lengths"]((2, 4), STEPS, seeds=3)

@@ -6,13 +6,12 @@ Command: qtrain sweep --config experiments/qat_fraction/transformer.py --workdir
     --vectorized --separate
 """
 
-import sys
+import runpy
 from pathlib import Path
 
 from qtrain.config import base_config, finish
 
-sys.path.insert(0, str(Path(__file__).parent))
-from grid import lengths, settings
+shared = runpy.run_path(str(Path(__file__).with_name("grid.py")))
 
 STEPS = (800, 400)
 
@@ -25,10 +24,10 @@ def get_config(argument: str = ""):
     config.quant.ops = ("weighted",)
     config.optimizer.learning_rate = 4e-3
     config.train.update(steps=STEPS[0], log_every_steps=100)
-    settings(config)
+    shared["settings"](config)
     return finish(config, argument)
 
 
 def sweep():
     """The points."""
-    return lengths((2, 3, 4), STEPS, seeds=2)
+    return shared["lengths"]((2, 3, 4), STEPS, seeds=2)

@@ -51,6 +51,10 @@ def run(argv: list[str]) -> int:
     Raises:
       UsageError: an unknown flag, a wrong value, a law that cannot be read, no width that fits.
     """
+    if argv[:1] == ["fit"]:
+        raise UsageError(
+            "qtrain plan-budget fit: laws are fitted by a command of its own: qtrain fit RUNS... --out law.json"
+        )
     flags = _parser().flags(argv)
     if flags is None:
         return 0
