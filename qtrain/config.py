@@ -112,11 +112,11 @@ def _shared_keys() -> dict[str, Any]:
             "warmup_steps": 0,
             "warmup_epochs": 0.0,
             "warmup_percent": 0.0,
+            **_durations("hold_start", "hold", "restart"),
             "final_factor": 0.0,
             "boundaries_percent": (50, 75),
             "decay_factor": 0.1,
             "decay_percent": 20.0,
-            "restart_percent": 0.0,
             "cooldown_percent": 20.0,
             "momentum": 0.9,
             "nesterov": False,
@@ -165,6 +165,15 @@ def _shared_keys() -> dict[str, Any]:
         "eval": {**every, "splits": ("test",), "batch_size": 360, "reestimate_batches": 0},
         "checkpoint": {**every, "keep": 2},
         "mesh": dict(MESH),
+    }
+
+
+def _durations(*names: str) -> dict[str, Any]:
+    """The keys of durations that are unset at 0."""
+    return {
+        key: zero
+        for name in names
+        for key, zero in ((f"{name}_steps", 0), (f"{name}_epochs", 0.0), (f"{name}_percent", 0.0))
     }
 
 
@@ -225,8 +234,9 @@ def _make_smoke(config: ConfigDict) -> None:
     config.eval.update(every_steps=3, every_epochs=0.0, every_percent=0.0, batch_size=32)
     config.checkpoint.update(every_steps=3, every_epochs=0.0, every_percent=0.0)
     # Lengths in steps or epochs were meant for the whole run.
-    if config.optimizer.warmup_steps or config.optimizer.warmup_epochs:
-        config.optimizer.update(warmup_steps=0, warmup_epochs=0.0, warmup_percent=20.0)
+    for name, percent in (("warmup", 20.0), ("hold_start", 20.0), ("hold", 20.0), ("restart", 50.0)):
+        if config.optimizer[f"{name}_steps"] or config.optimizer[f"{name}_epochs"]:
+            config.optimizer.update({f"{name}_steps": 0, f"{name}_epochs": 0.0, f"{name}_percent": percent})
     config.eval.reestimate_batches = min(config.eval.reestimate_batches, 2)
     config.multi_precision.hasb.update(batches=1, draws=2)
     config.optimizer.accumulate_steps = min(config.optimizer.accumulate_steps, 2)

@@ -116,6 +116,29 @@ def test_warmup_units(unit):
     assert float(rate(10)) == pytest.approx(0.05) and float(rate(20)) == pytest.approx(0.1)
 
 
+def rates(total, schedule, **overrides):
+    config = settings(final_factor=0.01, **overrides)
+    config.schedule = schedule
+    return np.asarray(jax.jit(jax.vmap(learning_rate_schedule(config, total, EPOCH)))(np.arange(total)))
+
+
+@pytest.mark.parametrize("warmup", [0, 10])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_held_and_restarted(schedule, warmup):
+    """A held run is a shorter one with steps put in; a restarted one is two, one after the other."""
+    for first, length in ((0, 40), (30, 20), (90, 10)):
+        held = rates(STEPS, schedule, warmup_steps=warmup, hold_start_steps=first, hold_steps=length)
+        at, kept = max(first, warmup), max(first + length - max(first, warmup), 0)
+        plain = rates(STEPS - kept, schedule, warmup_steps=warmup)
+        last = plain[at] if at < len(plain) else rates(STEPS - kept + 1, schedule, warmup_steps=warmup)[-1]
+        np.testing.assert_allclose(held[:at], plain[:at], rtol=1e-5)
+        np.testing.assert_allclose(held[at + kept :], plain[at:], rtol=1e-5)
+        assert np.ptp(held[at : at + kept]) == 0 and (at == len(plain) or held[at] == pytest.approx(last))
+    restarted = rates(STEPS, schedule, warmup_steps=warmup, restart_percent=30.0)
+    parts = [rates(length, schedule, warmup_steps=warmup) for length in (30, 70)]
+    np.testing.assert_allclose(restarted, np.concatenate(parts), rtol=1e-5)
+
+
 def test_boundaries_that_fall_on_one_step_multiply():
     config = settings(boundaries_percent=(30, 31))
     config.schedule = "step"
@@ -261,6 +284,12 @@ def test_a_group_that_matches_nothing():
         ({"warmup_percent": 100.0}, "optimizer.warmup is 100 steps of 100"),
         ({"warmup_percent": 5.0, "warmup_steps": 3}, "give exactly one"),
         ({"boundaries_percent": (50, 100)}, "optimizer.boundaries_percent"),
+        ({"hold_percent": 100.0}, "optimizer.hold is 100 steps from step 0 on: of 100 steps none is left"),
+        ({"hold_start_steps": 10}, "optimizer.hold_start is set without optimizer.hold_steps"),
+        ({"hold_steps": 10, "restart_steps": 10}, "optimizer.hold and optimizer.restart are both set"),
+        ({"hold_steps": 10, "hold_percent": 10.0}, "give exactly one"),
+        ({"restart_steps": 100}, "optimizer.restart is step 100 of 100"),
+        ({"restart_steps": 95, "warmup_steps": 5}, "optimizer.warmup is 5 steps of a part of 5"),
         ({"accumulate_steps": STEPS + 1}, "optimizer.accumulate_steps=101"),
         ({"options": {"beta": 0.9}}, "optimizer.options.beta: optax.adam takes"),
         ({"groups": ({"path": "Dense_0/bias", "rate": 1.0},)}, "optimizer.groups.0..rate: no such key"),

@@ -180,7 +180,8 @@ def transition_from_config(
     """`scale_by_transition_rate` from the keys of ``optimizer.transition``.
 
     The target is λ·d(u)·√b for a run's progress u: ``factor`` λ, ``schedule`` d with the keys of the learning rate's
-    (``final_factor``, ``boundaries_percent``, ``decay_factor``), ``target_scale`` "sqrt_bits" or "none";
+    (``final_factor``, ``boundaries_percent``, ``decay_factor``; held and restarted where it is), ``target_scale``
+    "sqrt_bits" or "none";
     ``initial_rate`` (None: ``optimizer.learning_rate``), ``momentum``, ``rule``, ``gain`` and ``max_rate`` are passed
     on.
 

@@ -22,8 +22,9 @@ from qtrain.workdir import leaves
 
 DATA = re.compile(
     r"seed|schedule(\..*)?|losses\.\w+\.(rate|schedule)|"
-    r"optimizer\.(learning_rate|schedule|final_factor|decay_factor|boundaries_percent|decay_percent|restart_percent|"
-    r"cooldown_percent|warmup_\w+)"
+    r"optimizer\.(learning_rate|schedule|final_factor|decay_factor|boundaries_percent|decay_percent|cooldown_percent|"
+    r"(warmup|hold|restart)_\w+)|"
+    r"deficit\.(start|length)_\w+"
 )
 """Keys whose values a compiled step takes as arguments: tables of bits, learning rates and rates, and keys."""
 _SHOWN = 4
@@ -49,6 +50,10 @@ def structure(point: Point) -> dict[str, Any]:
     own = any("learning_rate" in group for group in optimizer["groups"]) or optimizer["quant"]["learning_rate"]
     if own or optimizer["name"] in TRANSITION or "learned_width" in json.dumps(config["quant"], default=str):
         kept.append(r"optimizer\.learning_rate")  # other rates are a factor of it, or begin with it
+    if optimizer["name"] in TRANSITION:
+        kept.append(
+            r"optimizer\.(decay_factor|boundaries_percent|(hold|restart)_\w+)"
+        )  # of the target, which is no table
     kept_keys = re.compile("|".join(kept) or "(?!)")
     result = {key: value for key, value in found.items() if not DATA.fullmatch(key) or kept_keys.fullmatch(key)}
     for name, term in config["losses"].items():
