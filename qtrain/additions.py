@@ -22,6 +22,10 @@ def _as_scheduled(key: Array, step: Array, precision: Precision, controller: Any
     return precision
 
 
+def _same_batch(step: Array, batch: Any) -> Any:
+    return batch
+
+
 def _no_arguments(precision: Precision, bits: Bits, trained: Any) -> dict[str, Any]:
     return {}
 
@@ -39,6 +43,7 @@ class Additions:
     """Functions that the train step calls; each does nothing by default. All are pure, and may be traced.
 
     Attributes:
+      observed: ``(step, batch) -> batch`` as the network gets to see it.
       assigned: ``(key, step, precision, controller) -> bits`` of the step, where its layers differ: what the schedule
         says, or ``{path: Precision}`` for the layers that follow it.
       penalty: ``(step, params, quant, bits, controller) -> (added to the loss, new controller)``; None: nothing.
@@ -53,6 +58,7 @@ class Additions:
       priced: ``(params, quant, bits) -> bits`` that the step is charged for, where quantizers choose their width.
     """
 
+    observed: Callable[[Array, Any], Any] = _same_batch
     assigned: Callable[[Array, Array, Precision, Any], Bits] = _as_scheduled
     penalty: Callable[[Array, Any, Any, Any, Any], tuple[Array, Any]] | None = None
     output_penalty: Callable[[Precision, Array, Any], tuple[Array, Any]] | None = None

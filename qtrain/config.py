@@ -58,8 +58,10 @@ def base_config(task: str) -> ConfigDict:
     budget       what learned widths may cost: ``unit`` ("none", "bits", "bytes", "bitops"), ``target``, see
                  `qtrain.losses.budget.budget_from_config`
     losses       penalties added to the loss: ``<name>.rate`` and its ``schedule``, see `qtrain.losses`
+    deficit      what the training images lack for a part of the run: `qtrain.deficits.deficit_from_config`
     train        ``steps`` or ``epochs`` (the other 0), ``log_every_steps``, ``steps_per_dispatch``,
-                 ``compilation_cache`` (a folder)
+                 ``compilation_cache`` (a folder), ``layer_norms``: norms of each parameter's gradient and update, and
+                 of the update relative to it, among the metrics
     eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``; ``splits``, by
                  the first of which the best checkpoint is kept;
                  ``reestimate_batches``: norm statistics are re-estimated from so many training batches before it
@@ -155,10 +157,12 @@ def _shared_keys() -> dict[str, Any]:
             "rate": 0.003,
         },
         "losses": {name: {"rate": 0.0, "schedule": "constant"} for name in LOSSES},
+        "deficit": {"name": "none", "factor": 4, **_durations("start", "length")},
         "train": {
             "steps": 0,
             "epochs": 0.0,
             "log_every_steps": 50,
+            "layer_norms": False,
             "steps_per_dispatch": 1,
             "compilation_cache": "",
         },
@@ -237,6 +241,9 @@ def _make_smoke(config: ConfigDict) -> None:
     for name, percent in (("warmup", 20.0), ("hold_start", 20.0), ("hold", 20.0), ("restart", 50.0)):
         if config.optimizer[f"{name}_steps"] or config.optimizer[f"{name}_epochs"]:
             config.optimizer.update({f"{name}_steps": 0, f"{name}_epochs": 0.0, f"{name}_percent": percent})
+    for name, percent in (("start", 20.0), ("length", 40.0)):
+        if config.deficit[f"{name}_steps"] or config.deficit[f"{name}_epochs"]:
+            config.deficit.update({f"{name}_steps": 0, f"{name}_epochs": 0.0, f"{name}_percent": percent})
     config.eval.reestimate_batches = min(config.eval.reestimate_batches, 2)
     config.multi_precision.hasb.update(batches=1, draws=2)
     config.optimizer.accumulate_steps = min(config.optimizer.accumulate_steps, 2)

@@ -17,6 +17,7 @@ from qtrain.additions import Additions, Bits
 from qtrain.config import check_keys
 from qtrain.data import Dataset
 from qtrain.data.graphs import GraphSplit
+from qtrain.deficits import Deficit, deficit_from_config
 from qtrain.durations import duration
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.groups import bits_tree, latent_weights, parameter_groups
@@ -66,6 +67,7 @@ class Experiment:
       task: what is learned.
       losses: the loss terms among the additions.
       budget: likewise, of learned widths.
+      deficit: what the training images lack for a part of the run, likewise among the additions.
       optimizer_at: the optimizer at another learning rate, a function of its updates.
       reads: where precisions are read from; None: `schedule` is evaluated.
     """
@@ -90,6 +92,7 @@ class Experiment:
     task: Task = IMAGES
     losses: Penalty | None = None
     budget: Budget | None = None
+    deficit: Deficit | None = None
     optimizer_at: Callable[[optax.Schedule], optax.GradientTransformation] | None = None
     reads: Tables | None = None
 
@@ -101,7 +104,7 @@ class Experiment:
     def tables(self) -> Tables:
         """What of the config is data to the train step, step by step."""
         bits = None if self.fixed is not None else self.schedule
-        return tabulate(bits, self.learning_rate, self.losses, self.total_steps, self.steps_per_update)
+        return tabulate(bits, self.learning_rate, self.losses, self.total_steps, self.steps_per_update, self.deficit)
 
     def bound(self, tables: Tables) -> Experiment:
         """The same, reading its schedules from `tables`, which may be traced: a program for all that differ in them."""
@@ -111,6 +114,9 @@ class Experiment:
         if self.losses is not None:
             losses = dataclasses.replace(self.losses, rates=tables.losses)
             additions = dataclasses.replace(additions, penalty=_penalty(losses, self.budget))
+        if self.deficit is not None:
+            observed = dataclasses.replace(self.deficit, switch=tables.deficit)
+            additions = dataclasses.replace(additions, observed=observed)
         return dataclasses.replace(
             self, reads=tables, optimizer=self.optimizer_at(rate), learning_rate=rate, additions=additions
         )
@@ -144,7 +150,8 @@ class Experiment:
         """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's; traced."""
         inputs = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), self.inputs())
         seed = self.config.seed if seed is None else seed
-        return create(self.qmodel, self.optimizer, seed, inputs, self.additions, self.task)
+        layer_norms = self.config.train.layer_norms
+        return create(self.qmodel, self.optimizer, seed, inputs, self.additions, self.task, layer_norms)
 
     def with_choices(self, choices: Mapping[str, Choice | Mapping[str, Any]]) -> Experiment:
         """The same with its layers carried out as an earlier start of the run chose; see `QuantizedModel.with_choices`.
@@ -241,6 +248,9 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     losses = losses_of(config, widths, schedule.q_max, total_steps)
     budget = budget_from_config(config.budget.to_dict(), widths, schedule.q_max, total_steps)
     additions = _additions(config, widths, losses, budget, total_steps)
+    deficit = deficit_from_config(config.deficit, dataset, total_steps, steps_per_epoch)
+    if deficit is not None:
+        additions = dataclasses.replace(additions, observed=deficit)
     if method is not None:
         additions = method.add_to(additions, qmodel, inputs)
         lengths = steps_per_epoch, total_steps
@@ -274,6 +284,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
         task=task,
         losses=losses,
         budget=budget,
+        deficit=deficit,
         optimizer_at=lambda rate: optimizer_at(rate)[0],
     )
 

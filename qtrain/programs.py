@@ -69,6 +69,7 @@ class Programs:
             experiment.additions,
             experiment.task,
             sharding.gather(self.mesh, experiment.config.mesh.fsdp_min_size),
+            experiment.config.train.layer_norms,
         )
         return (several_steps(step) if self.per_dispatch > 1 else step)(state, batch, key)
 

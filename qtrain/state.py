@@ -16,7 +16,7 @@ from qtrain import cost
 from qtrain.additions import Additions
 from qtrain.cost import Ops, Total
 from qtrain.inject import QuantizedModel
-from qtrain.metrics import bits_vector, train_metrics
+from qtrain.metrics import bits_vector, norms, train_metrics
 from qtrain.precision import Precision
 from qtrain.tasks import IMAGES, Task
 
@@ -74,8 +74,9 @@ def create(
     inputs: Any,
     additions: Additions = NOTHING,
     task: Task = IMAGES,
+    layer_norms: bool = False,
 ) -> TrainState:
-    """The state at step 0; `inputs` gives the shape of a batch, and `task` what is averaged."""
+    """The state at step 0; `inputs` gives the shape of a batch, `task` and `layer_norms` what is averaged."""
     variables = qmodel.init({"params": jax.random.key(seed), "dropout": jax.random.key(seed)}, inputs)
     collections = {name: value for name, value in variables.items() if name not in ("params", "quant")}
     params, quant = variables["params"], variables["quant"]
@@ -88,7 +89,7 @@ def create(
         opt_state=optimizer.init({"params": params, "quant": quant}),
         controller=additions.controller(),
         bitops=cost.zero(),
-        metrics=train_metrics(task.measured).empty(),
+        metrics=train_metrics(task.measured, len(jax.tree.leaves(params)) if layer_norms else 0).empty(),
         previous=Previous(jnp.zeros((3,)), nothing, nothing),
     )
 
@@ -102,6 +103,7 @@ def make_train_step(
     additions: Additions = NOTHING,
     task: Task = IMAGES,
     gather: Callable[[Any], Any] = lambda trained: trained,
+    layer_norms: bool = False,
 ) -> Callable[[TrainState, Batch, Array], tuple[TrainState, dict[str, Any]]]:
     """The train step: ``(state, batch, key) -> (state, {"loss", "grad_norm", "bits", …})``; pure.
 
@@ -116,12 +118,13 @@ def make_train_step(
       additions: what the method adds.
       task: what is learned.
       gather: makes of ``{"params": …, "quant": …}`` what the model is applied to: `qtrain.sharding.gather`.
+      layer_norms: also average the norms of each parameter's gradient, update and value; the state was made for it.
     """
-    Averages = train_metrics(task.measured)
     transform = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Any]]:
         precision = schedule(state.step)
+        batch = additions.observed(state.step, batch)
         step_key = jax.random.fold_in(key, state.step)
         dropout, quant = jax.random.split(step_key)
         rngs = {"dropout": dropout, "quant": quant}
@@ -156,18 +159,23 @@ def make_train_step(
         # Not to what a schedule made of them: it starts from the values in the state, at every step.
         stepped = optax.apply_updates({"params": state.params, "quant": state.quant}, updates)
         bits = bits_vector(precision)
-        norms = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        whole = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
+        Averages = train_metrics(task.measured, len(jax.tree.leaves(state.params)) if layer_norms else 0)
+        of_layers = {}
+        if layer_norms:
+            of_layers = {"layer_norms": norms(grads["params"], updates["params"], state.params)}
         previous = state.previous
         changed = (state.step > 0) & jnp.any(bits != previous.bits)
         measured = Averages.single_from_model_output(
             loss=loss,
             penalty=added,
             **task.measure(outputs, batch),
-            grad_norm_ratio=_ratio(norms["grad_norm"], previous.grad_norm),
-            update_norm_ratio=_ratio(norms["update_norm"], previous.update_norm),
+            grad_norm_ratio=_ratio(whole["grad_norm"], previous.grad_norm),
+            update_norm_ratio=_ratio(whole["update_norm"], previous.update_norm),
             changed=changed,
             bits_changed=changed.astype(jnp.float32),
-            **norms,
+            **whole,
+            **of_layers,
         )
         fresh = state.step % log_every == 0
         averages = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), Averages.empty(), state.metrics)
@@ -181,11 +189,11 @@ def make_train_step(
             controller=controller,
             bitops=cost.add(state.bitops, cost.bitops(ops, priced)),
             metrics=averages,
-            previous=Previous(bits, norms["grad_norm"], norms["update_norm"]),
+            previous=Previous(bits, whole["grad_norm"], whole["update_norm"]),
         )
         out = {
             "loss": loss,
-            "grad_norm": norms["grad_norm"],
+            "grad_norm": whole["grad_norm"],
             "bits": bits,
             "bitops": new_state.bitops,
             "metrics": averages,

@@ -1,4 +1,4 @@
-"""What a train step reads as data, step by step: bits, learning rate, rates of the loss terms."""
+"""What a train step reads as data, step by step: bits, learning rate, rates of the loss terms, a deficit's window."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from qtrain import schedules
+from qtrain.deficits import Deficit
 from qtrain.losses import Penalty
 from qtrain.precision import Precision
 from qtrain.schedules import PrecisionSchedule
@@ -25,11 +26,13 @@ class Tables(NamedTuple):
       bits: of each kind at every step, float32 [steps]; None where it is not quantized, or where bits are no data.
       learning_rate: of every update, float32 [updates].
       losses: name of a loss term → its rate at every step, float32 [steps].
+      deficit: 1 at the steps whose images lack something, float32 [steps]; None: those of no step do.
     """
 
     bits: Precision
     learning_rate: Any
     losses: dict[str, Any]
+    deficit: Any = None
 
     def precision(self, step: Array) -> Precision:
         """The bits of a step."""
@@ -46,6 +49,7 @@ def tabulate(
     losses: Penalty | None,
     total_steps: int,
     steps_per_update: int = 1,
+    deficit: Deficit | None = None,
 ) -> Tables:
     """The tables of a run of `total_steps`, NumPy arrays; 4 bytes a step for each of at most a handful of schedules.
 
@@ -54,6 +58,7 @@ def tabulate(
       learning_rate: a function of the update.
       losses: the penalty, or None.
       total_steps, steps_per_update: of the run.
+      deficit: of the images, or None.
     """
     bits = Precision()
     if schedule is not None:
@@ -66,4 +71,5 @@ def tabulate(
 
     updates = np.arange(-(-total_steps // steps_per_update), dtype=np.int32)
     rates = np.asarray(jax.jit(jax.vmap(rate))(updates))
-    return Tables(bits, rates, {} if losses is None else losses.table())
+    window = None if deficit is None else deficit.table()
+    return Tables(bits, rates, {} if losses is None else losses.table(), window)

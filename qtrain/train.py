@@ -22,6 +22,7 @@ from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
 from qtrain.drive import Interleaved, drive
 from qtrain.experiment import Experiment, describe
+from qtrain.metrics import norm_rows
 from qtrain.programs import Programs
 from qtrain.progress import Progress
 from qtrain.size import size_summary
@@ -210,7 +211,7 @@ class _Run:
         if experiment.learns:
             # On one device whatever the mesh: the last bit of a learned scale decides rounding ties from the start.
             with self._first_batches(alone=True) as batches:
-                inputs = experiment.task.inputs(next(batches))
+                inputs = experiment.task.inputs(experiment.additions.observed(0, next(batches)))
             dropout, quant = jax.random.split(jax.random.key(self.config.seed))
             variables = experiment.qmodel.calibrate(
                 sharding.to_host(state.variables),
@@ -274,8 +275,13 @@ class _Run:
         if step % self.config.train.log_every_steps == 0:
             # By way of the host, so that what is computed of them is each process's own affair.
             values = jax.device_get((out["metrics"], out["bitops"]))
-            averages, bitops = jax.tree.map(lambda x: jnp.asarray(x if x.ndim == 0 else x[-1]), values)
-            values = {name: float(value) for name, value in averages.compute().items()}
+            last = -1 if self.per_dispatch > 1 else ...
+            averages, bitops = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[last]), values)
+            computed = averages.compute()
+            of_layers = computed.pop("layer_norms", None)
+            values = {name: float(value) for name, value in computed.items()}
+            if of_layers is not None:
+                values |= norm_rows(of_layers, self.state.params)
             if not self.experiment.additions.penalises:
                 del values["penalty"]
             values |= {name: float(value) for name, value in layers.items()}

@@ -110,6 +110,7 @@ class Steps:
                 log_every,
                 experiment.additions,
                 experiment.task,
+                layer_norms=config.train.layer_norms,
             )
         )
         self.state = initial_state(experiment, config.seed)

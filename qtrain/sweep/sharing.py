@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from qtrain.config import check_keys
+from qtrain.deficits import deficit_from_config
 from qtrain.errors import UsageError
 from qtrain.experiment import Experiment, losses_of, narrowest_of, schedule_of
 from qtrain.optim.build import TRANSITION
@@ -122,6 +123,7 @@ def vary(base: Experiment, point: Point) -> Experiment:
         schedule=schedule,
         learning_rate=rate,
         losses=losses_of(config, base.widths, schedule.q_max, base.total_steps),
+        deficit=deficit_from_config(config.deficit, base.dataset, base.total_steps, steps_per_epoch),
     )
 
 
