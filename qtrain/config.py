@@ -59,6 +59,7 @@ def base_config(task: str) -> ConfigDict:
                  `qtrain.losses.budget.budget_from_config`
     losses       penalties added to the loss: ``<name>.rate`` and its ``schedule``, see `qtrain.losses`
     deficit      what the training images lack for a part of the run: `qtrain.deficits.deficit_from_config`
+    fisher       traces of the Fisher information by layer, at every row: `qtrain.sensitivity.fisher_from_config`
     train        ``steps`` or ``epochs`` (the other 0), ``log_every_steps``, ``steps_per_dispatch``,
                  ``compilation_cache`` (a folder), ``layer_norms``: norms of each parameter's gradient and update, and
                  of the update relative to it, among the metrics
@@ -158,6 +159,7 @@ def _shared_keys() -> dict[str, Any]:
         },
         "losses": {name: {"rate": 0.0, "schedule": "constant"} for name in LOSSES},
         "deficit": {"name": "none", "factor": 4, **_durations("start", "length")},
+        "fisher": {"examples": 0, "samples": 1, "at": ("step",)},
         "train": {
             "steps": 0,
             "epochs": 0.0,
@@ -244,6 +246,7 @@ def _make_smoke(config: ConfigDict) -> None:
     for name, percent in (("start", 20.0), ("length", 40.0)):
         if config.deficit[f"{name}_steps"] or config.deficit[f"{name}_epochs"]:
             config.deficit.update({f"{name}_steps": 0, f"{name}_epochs": 0.0, f"{name}_percent": percent})
+    config.fisher.examples = min(config.fisher.examples, 4)
     config.eval.reestimate_batches = min(config.eval.reestimate_batches, 2)
     config.multi_precision.hasb.update(batches=1, draws=2)
     config.optimizer.accumulate_steps = min(config.optimizer.accumulate_steps, 2)

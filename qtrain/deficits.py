@@ -38,7 +38,7 @@ def blur(images: Array, factor: int) -> Array:
 
     >>> import jax.numpy as jnp
     >>> blur(jnp.array([1.0, 0.0, 0.0, 0.0]).reshape(1, 4, 1), factor=4).ravel()  # a row of one pixel has no detail
-    Array([0.1, 0.1, 0.1, 0.1], dtype=float32)
+    Array([0.20833334, 0.20833334, 0.20833334, 0.20833334], dtype=float32)
     """
     *batch, height, width, channels = images.shape
     small = (max(1, round(height / factor)), max(1, round(width / factor)))

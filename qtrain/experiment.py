@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -41,7 +42,7 @@ from qtrain.precision import Precision
 from qtrain.quantizers.native import WIDEST
 from qtrain.recipes import check_values, rules_of
 from qtrain.schedules import PrecisionSchedule
-from qtrain.sensitivity import weight_traces
+from qtrain.sensitivity import FisherSettings, fisher_from_config, weight_traces
 from qtrain.sharding import check_mesh
 from qtrain.state import NOTHING, TrainState, create
 from qtrain.tables import Tables, tabulate
@@ -68,6 +69,7 @@ class Experiment:
       losses: the loss terms among the additions.
       budget: likewise, of learned widths.
       deficit: what the training images lack for a part of the run, likewise among the additions.
+      fisher: which traces of the Fisher information are measured at every row, or None.
       optimizer_at: the optimizer at another learning rate, a function of its updates.
       reads: where precisions are read from; None: `schedule` is evaluated.
     """
@@ -93,6 +95,7 @@ class Experiment:
     losses: Penalty | None = None
     budget: Budget | None = None
     deficit: Deficit | None = None
+    fisher: FisherSettings | None = None
     optimizer_at: Callable[[optax.Schedule], optax.GradientTransformation] | None = None
     reads: Tables | None = None
 
@@ -145,6 +148,17 @@ class Experiment:
         """
         part = jax.process_index() if index is None else index, jax.process_count() if count is None else count
         return data.train_iterator(self.dataset, self.config.data.batch_size, self.config.data.seed, *part, **arguments)
+
+    def fisher_examples(self) -> Any:
+        """The examples that Fisher traces are measured on, whole on every process; None where they are not."""
+        if self.fisher is None:
+            return None
+        with self.train_batches(0, 1) as batches:
+            if self.dataset.kind == "graph":
+                return dict(next(batches))
+            count = -(-self.fisher.examples // self.config.data.batch_size)
+            rows = [batch for _, batch in zip(range(count), batches, strict=False)]
+        return {name: np.concatenate([row[name] for row in rows])[: self.fisher.examples] for name in rows[0]}
 
     def initial_state(self, seed: Any = None) -> TrainState:
         """The state at step 0; to be compiled, or evaluated for its shapes. `seed`: by default the config's; traced."""
@@ -285,6 +299,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
         losses=losses,
         budget=budget,
         deficit=deficit,
+        fisher=fisher_from_config(config.fisher, dataset, task),
         optimizer_at=lambda rate: optimizer_at(rate)[0],
     )
 

@@ -13,15 +13,19 @@ from qtrain.optim import named_rows, oscillation_metrics, transition_metrics
 from qtrain.optim.build import TRANSITION
 from qtrain.optim.transition_metrics import with_overall
 from qtrain.precision import Precision
+from qtrain.sensitivity import FisherSettings, model_fisher_trace
 from qtrain.size import size_metrics
 from qtrain.state import TrainState
+from qtrain.trees import leaf_name
 
 Array = jax.Array
 Measure = Callable[[TrainState, Precision], dict[str, Array]]
 
 
-def make_layer_metrics(experiment: Experiment) -> Callable[[TrainState], dict[str, Array]] | None:
-    """``state -> {name: scalar}``, at the precision of its last step; None where a run has nothing of the kind.
+def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]] | None:
+    """``(state, q_max, examples) -> {name: scalar}``, at the precision of its last step; None where there is nothing.
+
+    `q_max` and `examples` (`Experiment.fisher_examples`) are data, so that runs which differ in them share a program.
 
     * Under a transition rate ``transition/<parameter>/…``, over all of them ``transition/…``: see
       `qtrain.optim.transition_metrics`, and the mean ``distance`` to where a code changes. Where oscillations are
@@ -29,6 +33,9 @@ def make_layer_metrics(experiment: Experiment) -> Callable[[TrainState], dict[st
     * Where quantizers choose their widths ``width/<parameter>`` and the average over all quantized parameters
       ``width/average``, in bits, and what storing them takes, `qtrain.size.size_metrics`; with a budget
       ``budget/spent``, ``budget/target`` and ``budget/multiplier``.
+    * With ``fisher.examples`` ``fisher/<parameter>/trace``, of all parameters together ``fisher/trace`` and its
+      standard error ``fisher/trace_error``: `qtrain.sensitivity.model_fisher_trace`, at the bits of the last step and
+      on images as it took them; ``…_q_max`` and ``…_float`` where ``fisher.at`` asks for them.
     """
     optimizer = experiment.config.optimizer
     parts: list[Measure] = []
@@ -38,12 +45,15 @@ def make_layer_metrics(experiment: Experiment) -> Callable[[TrainState], dict[st
         parts.append(lambda state, precision: _widths(experiment, state, precision))
     if experiment.config.budget.unit != "none":
         parts.append(lambda state, precision: {f"budget/{name}": value for name, value in state.controller.items()})
-    if not parts:
+    if not parts and experiment.fisher is None:
         return None
 
-    def measure(state: TrainState) -> dict[str, Array]:
+    def measure(state: TrainState, q_max: Precision, examples: Any) -> dict[str, Array]:
         precision = experiment.precision(state.step - 1)
-        return {name: value for part in parts for name, value in part(state, precision).items()}
+        found = {name: value for part in parts for name, value in part(state, precision).items()}
+        if experiment.fisher is not None:
+            found |= _fisher(experiment, experiment.fisher, state, precision, q_max, examples)
+        return found
 
     return measure
 
@@ -67,6 +77,38 @@ def _widths(experiment: Experiment, state: TrainState, precision: Precision) -> 
     arguments = state.params, state.quant, precision
     found = {f"width/{weight.name}": widths.weight(weight, *arguments) for weight in widths.choosing}
     return {"width/average": widths.average_bits(*arguments), **found, **size_metrics(widths.weights, *arguments)}
+
+
+def _fisher(
+    experiment: Experiment, settings: FisherSettings, state: TrainState, precision: Precision, q_max: Any, examples: Any
+) -> dict[str, Array]:
+    key = None
+    if settings.samples:
+        # A function of the state alone, as evaluation is, and new labels at each row.
+        key = jax.random.fold_in(jax.random.key(0), state.step)
+    taken: dict[str, tuple[Any, Any]] = {
+        "step": (precision, experiment.additions.observed(state.step - 1, examples)),
+        "q_max": (q_max if experiment.fixed is None else experiment.fixed, examples),
+        "float": (None, examples),
+    }
+    rows: dict[str, dict[str, Array]] = {"": {}}
+    for at in settings.at:
+        bits, batch = taken[at]
+        found = model_fisher_trace(
+            experiment.qmodel,
+            state.variables,
+            batch,
+            key,
+            max(settings.samples, 1),
+            bits,
+            experiment.task,
+            settings.examples,
+        )
+        name = "trace" if at == "step" else f"trace_{at}"
+        rows[""] |= {name: found.total, f"{name}_error": found.total_error}
+        for path, value in jax.tree_util.tree_flatten_with_path(found.mean)[0]:
+            rows.setdefault("/".join(leaf_name(path)), {})[name] = value
+    return named_rows(rows, "fisher")
 
 
 def _without_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ class Programs:
       step: ``(state, batch, key, tables[, stop]) -> (state, outputs)``, donating the state; of several processes with a
         part each of whether to stop.
       in_use: the jitted function that takes the steps: `step`, or what maps `train_step` over several runs.
-      layer_metrics: ``(state, tables) -> {name: scalar}``, or None.
+      measures: whether `layer_metrics` has anything.
       evaluator: of the state.
     """
 
@@ -54,8 +55,8 @@ class Programs:
         self.in_use: Any = self.step
         self._initial = jax.jit(experiment.initial_state, out_shardings=self.shardings)
         self._key = jax.jit(jax.random.key, out_shardings=everywhere)
-        measures = make_layer_metrics(experiment) is not None
-        self.layer_metrics = jax.jit(self._layer_metrics, out_shardings=everywhere) if measures else None
+        self.measures = make_layer_metrics(experiment) is not None
+        self._measure = jax.jit(self._layer_metrics, out_shardings=everywhere)
 
     def train_step(self, state: TrainState, batch: Any, key: Array, tables: Tables) -> tuple[TrainState, Any]:
         """A dispatch: a step, or several over batches stacked on a leading axis; pure, to be compiled."""
@@ -81,10 +82,19 @@ class Programs:
         """The key of a run's steps."""
         return self._key(_seed(seed))
 
-    def placed(self, tables: Tables) -> Tables:
-        """The tables on every device."""
+    def placed(self, tables: Any) -> Any:
+        """A tree of arrays, such as tables, on every device."""
         everywhere = sharding.replicated(self.mesh)
         return jax.tree.map(lambda table: jax.make_array_from_process_local_data(everywhere, table), tables)
+
+    def layer_metrics(self, state: TrainState, tables: Tables, q_max: Any) -> dict[str, Array]:
+        """What is measured layer by layer: name → scalar. `q_max` is the run's: those that share this may differ."""
+        return self._measure(state, tables, jax.tree.map(np.float32, q_max), self._examples)
+
+    @functools.cached_property
+    def _examples(self) -> Any:
+        """What Fisher traces are measured on, on every device."""
+        return self.placed(self.experiment.fisher_examples())
 
     def compilations(self) -> int:
         """How many programs the train step has: 1, or something made of data a constant."""
@@ -97,10 +107,10 @@ class Programs:
         state, out = self.train_step(state, batch, key, tables)
         return state, {**out, "stop": jnp.any(stop)}
 
-    def _layer_metrics(self, state: TrainState, tables: Tables) -> dict[str, Array]:
+    def _layer_metrics(self, state: TrainState, tables: Tables, q_max: Any, examples: Any) -> dict[str, Array]:
         measure = make_layer_metrics(self.experiment.bound(tables))
         assert measure is not None
-        return measure(state)
+        return measure(state, q_max, examples)
 
 
 def _seed(seed: int) -> np.ndarray:

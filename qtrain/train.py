@@ -150,7 +150,7 @@ class _Run:
 
     def measured(self, step: int) -> bool:
         """Whether metrics are made of the state that `step` steps have led to."""
-        return self.programs.layer_metrics is not None and step % self.config.train.log_every_steps == 0
+        return self.programs.measures and step % self.config.train.log_every_steps == 0
 
     def before(self, step: int, stop: bool) -> None:
         """What is to be done of the state after `step` steps, before the next one changes it."""
@@ -167,7 +167,9 @@ class _Run:
 
     def after(self, step: int, out: Mapping[str, Any]) -> None:
         """`out` is what the dispatch that ends at `step` leaves; that of the one before is looked at, meanwhile."""
-        layers = self.programs.layer_metrics(self.state, self.tables) if self.measured(step) else {}  # type: ignore[misc]
+        layers = {}
+        if self.measured(step):
+            layers = self.programs.layer_metrics(self.state, self.tables, self.experiment.q_max)
         self._settle()
         self.pending = step, out, layers
 
@@ -211,7 +213,7 @@ class _Run:
         if experiment.learns:
             # On one device whatever the mesh: the last bit of a learned scale decides rounding ties from the start.
             with self._first_batches(alone=True) as batches:
-                inputs = experiment.task.inputs(experiment.additions.observed(0, next(batches)))
+                inputs = experiment.task.inputs(experiment.additions.observed(jnp.zeros((), jnp.int32), next(batches)))
             dropout, quant = jax.random.split(jax.random.key(self.config.seed))
             variables = experiment.qmodel.calibrate(
                 sharding.to_host(state.variables),

@@ -40,6 +40,18 @@ class Classification(Task):
         """The mean cross-entropy; natural logarithm."""
         return masked_mean(cross_entropy(outputs, batch[self.label]), batch)
 
+    def indices(self, batch: Batch, count: int | None = None) -> Array:
+        """What tells the examples of a batch apart, int32 [count]: the first `count` of them, or all."""
+        return jnp.arange(batch[self.input].shape[0])[:count]
+
+    def example(self, batch: Batch, index: Array) -> Any:
+        """What the model takes of a single example: a batch of one."""
+        return jnp.asarray(batch[self.input])[index][None]
+
+    def prediction(self, outputs: Any, index: Array) -> Array:
+        """The logits of the example among what the model makes of `example`."""
+        return outputs[0]
+
     def measure(self, outputs: Any, batch: Batch) -> dict[str, Array]:
         """``accuracy``."""
         return {"accuracy": masked_mean(jnp.argmax(outputs, -1) == batch[self.label], batch)}
@@ -67,6 +79,18 @@ class NodeClassification(Classification):
     def inputs(self, batch: Batch) -> Any:
         """The graph: nodes, senders and receivers by name."""
         return {name: batch[name] for name in KEYS}
+
+    def indices(self, batch: Batch, count: int | None = None) -> Array:
+        """The nodes that the mask keeps; without a `count`, not to be traced."""
+        return jnp.flatnonzero(batch["mask"], size=count)
+
+    def example(self, batch: Batch, index: Array) -> Any:
+        """The whole graph, of which a node's logits are made."""
+        return self.inputs(batch)
+
+    def prediction(self, outputs: Any, index: Array) -> Array:
+        """The logits of the node."""
+        return outputs[index]
 
 
 IMAGES = Classification("image", "label")
