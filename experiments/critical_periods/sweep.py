@@ -1,7 +1,7 @@
 """Critical periods of quantization (Achille et al. 2018; Wolfe & Kyrillidis 2024, arXiv 2403.02243): the runs.
 
     qtrain sweep --config experiments/critical_periods/sweep.py:FAMILY-PART --workdir runs/critical/FAMILY-PART \
-        --vectorized --separate
+        --vectorized --separate --share interleave
 
 FAMILY: mnist_mlp, digits_cnn, digits_gcn, sequential_digits_s5. PART: removal, window, patterns, fisher; calibration
 finds the bits of a deficit. FAMILY-PART-smoke is each in a few steps on generated arrays. The quantizers are those of
@@ -40,7 +40,7 @@ class Family:
 FAMILIES = {
     "mnist_mlp": Family("mnist_mlp", 400, 2, True, model=(("features", (128, 64)),), batch_size=64),
     "digits_cnn": Family("digits_cnn", 400, 2, True, model=(("features", (16, 32)), ("hidden", 64))),
-    "digits_gcn": Family("digits_gcn", 200, 2, False, seeds=5),
+    "digits_gcn": Family("digits_gcn", 200, 2, False),
     "sequential_digits_s5": Family("sequential_digits_s5", 300, 2, False),
 }
 REMOVALS = (0.25, 0.5, 1.0)  # of the normal run
@@ -88,7 +88,7 @@ def labelled(argument: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     name, part, smoke = _parsed(argument)
     family = FAMILIES[name]
     steps = SMOKE_STEPS if smoke else family.steps
-    seeds = range(1 if smoke else family.seeds)
+    seeds = range(1 if smoke or part == "calibration" else family.seeds)
     points = PARTS[part](family, steps)
     return [({**label, "seed": seed}, {**point, "seed": seed}) for label, point in points for seed in seeds]
 
