@@ -1,11 +1,14 @@
 """The study of critical periods: its sweeps are well formed and share programs, its reader reads what runs write."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
 from qtrain import overrides
 from qtrain.errors import UsageError
@@ -14,6 +17,9 @@ from qtrain.sweep.sharing import groups
 
 STUDY = Path(__file__).parents[1] / "experiments" / "critical_periods"
 SOURCE = str(STUDY / "sweep.py")
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "critical_periods.md").read_text()
 
 
 def points_of(argument):
@@ -83,3 +89,19 @@ def test_results(tmp_path):
     assert (tmp_path / "window.png").stat().st_size > 10_000
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(points) and lines[-1]["command"].startswith("qtrain sweep --config")
+
+
+def test_the_docs(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    blocks = re.findall(r"```\n(.*?)```", DOCS, re.DOTALL)
+    commands = [shlex.split(line) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    assert len(commands) == 6
+    for command in commands:
+        values = flags.FlagValues()
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        assert command[:2] == ["qtrain", "train"] and overrides.parse("train", values, command[2:]).train.steps
+        assert values.workdir
+    (example,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "docs", "exec"), names)
+    assert float(names["sampled"].total) == pytest.approx(float(names["exact"].total), rel=0.2)
