@@ -11,6 +11,8 @@ from qtrain.deficits import blur, deficit_from_config
 from qtrain.errors import UsageError
 from qtrain.experiment import build
 from qtrain.metrics import norm_rows
+from qtrain.sweep.expand import expand
+from qtrain.sweep.sharing import differing
 from qtrain.tables import Tables
 from qtrain.train import train
 
@@ -64,6 +66,13 @@ def test_a_sweep_shares_the_program(tmp_path):
     assert losses[0][0] > 0 and losses[0] != losses[1] and losses[0] != losses[2]
     rates = [[row["learning_rate"] for row in rows(folder, "train")] for folder in folders]
     assert rates[0] == rates[1] and rates[2][0] == rates[2][1] > rates[2][2]
+
+
+def test_a_held_transition_rate_is_no_data():
+    """Its target is made of the same keys, and is no table."""
+    changes = [{"optimizer.hold_steps": 4}, {"optimizer.warmup_steps": 2}]
+    for name, found in (("adamt", ["optimizer.hold_steps"]), ("adam", [])):
+        assert differing(expand(small_config(optimizer__name=name), changes)) == found
 
 
 def test_norms_by_layer(tmp_path):
