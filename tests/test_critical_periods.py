@@ -34,7 +34,7 @@ def points_of(argument):
         ("digits_gcn-window", 114, [200]),
         ("digits_cnn-patterns", 18, [400]),
         ("mnist_mlp-fisher", 24, [400, 400]),  # exact and sampled
-        ("digits_cnn-calibration", 21, [400]),
+        ("digits_cnn-calibration", 27, [400]),
         ("sequential_digits_s5-window-smoke", 38, [40]),
         ("digits_cnn-patterns-smoke", 6, [40]),
     ],
@@ -85,7 +85,8 @@ def test_results(tmp_path):
     assert rows[0] == ["deficit, rate \\ onset, step", "0", "30", "60", "90", "120", "150"]
     none, one, two, three = (f"{value:.2f} [{value:.2f}, {value:.2f}]" for value in (0, 1, 2, 3))
     assert rows[2:4] == [["weights, decayed", *[one] * 6], ["acts, decayed", none, none, two, none, none, none]]
-    assert rows[4:] == [[f"both, {rate}", one, one, three, one, one, one] for rate in ("decayed", "constant", "held")]
+    assert rows[4:7] == [[f"both, {rate}", one, one, three, one, one, one] for rate in ("decayed", "constant", "held")]
+    assert rows[7] == rows[0] and {cell for row in rows[9:] for cell in row[1:]} == {none}  # all losses are the same
     assert (tmp_path / "window.png").stat().st_size > 10_000
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(points) and lines[-1]["command"].startswith("qtrain sweep --config")

@@ -90,13 +90,17 @@ def accuracy(line: dict[str, Any]) -> float:
     return 100 * line["numbers"]["test_accuracy"]
 
 
-def sensitivity(with_: dict[int, Any], without: dict[int, Any]) -> Interval | None:
-    """Accuracy without less accuracy with, in points, over the seeds that both have; None where there are none."""
+def sensitivity(with_: dict[int, Any], without: dict[int, Any], loss: bool = False) -> Interval | None:
+    """Accuracy without less accuracy with, in points, over the seeds that both have; None where there are none.
+
+    Of the `loss`, finer where test images are few: that with less that without, in hundredths.
+    """
     seeds = sorted(with_.keys() & without.keys())
-    return bootstrap_interval([accuracy(without[s]) - accuracy(with_[s]) for s in seeds]) if seeds else None
+    of = (lambda line: -100 * line["numbers"]["test_loss"]) if loss else accuracy
+    return bootstrap_interval([of(without[s]) - of(with_[s]) for s in seeds]) if seeds else None
 
 
-def curve(lines: Lines, family: str, part: str, kind: str, rate: str) -> list[tuple[int, Interval]]:
+def curve(lines: Lines, family: str, part: str, kind: str, rate: str, loss: bool = False) -> list[tuple[int, Interval]]:
     """Sensitivity against the steps of the deficit ("removal"), or against its onset ("window")."""
     at = "removal" if part == "removal" else "onset"
     here = [line for line in lines if (line["family"], line["part"], line.get("rate")) == (family, part, rate)]
@@ -105,7 +109,7 @@ def curve(lines: Lines, family: str, part: str, kind: str, rate: str) -> list[tu
         # Where the rates are those of the whole run whatever the onset, one run without the deficit serves all.
         shared = part == "window" and rate != "held"
         without = select(here, kind="none", **{at: None if shared else position})
-        between = sensitivity(select(here, kind=kind, **{at: position}), without)
+        between = sensitivity(select(here, kind=kind, **{at: position}), without, loss)
         if between is not None:
             found.append((position, between))
     return found
@@ -136,12 +140,15 @@ def tables(lines: Lines) -> str:
         for family in families(lines, part):
             here = [line for line in lines if (line["family"], line["part"]) == (family, part)]
             series = list(dict.fromkeys((line["kind"], line["rate"]) for line in here if line["kind"] != "none"))
-            curves = {one: dict(curve(lines, family, part, *one)) for one in series}
-            places = sorted({place for one in curves.values() for place in one})
-            rows = [[f"{kind}, {rate}", *(shown(curves[kind, rate].get(x)) for x in places)] for kind, rate in series]
             plain = select(here, kind="none", rate="held" if part == "removal" else "decayed", **_first(part))
-            title = f"{part}, {family}: sensitivity in points; without a deficit {mean(plain.values())}"
-            found.append(markdown(title, [f"deficit, rate \\ {at}", *map(str, places)], rows))
+            for loss, what in ((False, "accuracy lost, points"), (True, "test loss gained, hundredths")):
+                curves = {one: dict(curve(lines, family, part, *one, loss)) for one in series}
+                places = sorted({place for one in curves.values() for place in one})
+                rows = [
+                    [f"{kind}, {rate}", *(shown(curves[kind, rate].get(x)) for x in places)] for kind, rate in series
+                ]
+                title = f"{part}, {family}: {what}; without a deficit {mean(plain.values())} %"
+                found.append(markdown(title, [f"deficit, rate \\ {at}", *map(str, places)], rows))
     for family in families(lines, "patterns"):
         found.append(_patterns(lines, family))
     found += [text for family in families(lines, "fisher") for text in _fisher(lines, family)]

@@ -40,7 +40,7 @@ class Family:
 FAMILIES = {
     "mnist_mlp": Family("mnist_mlp", 400, 2, True, model=(("features", (128, 64)),), batch_size=64),
     "digits_cnn": Family("digits_cnn", 400, 2, True, model=(("features", (16, 32)), ("hidden", 64))),
-    "digits_gcn": Family("digits_gcn", 200, 2, False),
+    "digits_gcn": Family("digits_gcn", 200, 1, False),
     "sequential_digits_s5": Family("sequential_digits_s5", 300, 2, False),
 }
 REMOVALS = (0.25, 0.5, 1.0)  # of the normal run
@@ -193,7 +193,7 @@ def _calibration(family: Family, steps: int):
     length = round(LENGTH * steps)
     yield {"kind": "none", "low": HIGH, "onset": None}, {}
     for onset in (0, steps - length):
-        for low in (2, 3, 4):
+        for low in (1, 2, 3, 4):
             for kind in KINDS:
                 yield {"kind": kind, "low": low, "onset": onset}, _deficit(kind, onset, length, low)
         if family.blurs:
