@@ -76,7 +76,7 @@ def test_results(tmp_path):
         lost = 0.01 * (schedule.weights.length_steps is not None) + 0.02 * (schedule.acts.start_steps == 60)
         accuracy = 0.9 + 0.001 * point.config.seed - lost  # a seed's own share cancels
         (run / "summary.json").write_text(json.dumps({**numbers, "steps": 200, "test_accuracy": accuracy}))
-        (run / "config.json").write_text(json.dumps({"versions": {}, "backend": "cpu", "device": "cpu"}))
+        (run / "config.json").write_text(json.dumps({"versions": {}, "backend": "cpu", "device": "cpu", "cores": 2}))
         (run / "DONE").write_text("")
     command = [sys.executable, str(STUDY / "analyse.py"), str(tmp_path / "runs"), "--out", str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300)

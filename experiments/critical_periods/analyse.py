@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def _of_sweep(folder: Path, family: str, part: str) -> Iterator[dict[str, Any]]:
                 "course": _course(run / "metrics.jsonl", part, by_layer=label["seed"] == 0),
                 "command": f"qtrain sweep --config {source['source']} --workdir {folder} {FLAGS}",
                 "versions": config["versions"],
-                "hardware": f"{os.cpu_count()} CPU cores" if config["backend"] == "cpu" else config["device"],
+                "hardware": f"{config['cores']} CPU cores" if config["backend"] == "cpu" else config["device"],
                 "date": datetime.date.fromtimestamp((run / "DONE").stat().st_mtime).isoformat(),
             }
 
