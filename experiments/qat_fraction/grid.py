@@ -26,7 +26,12 @@ def switched(fraction: float, bits: int, arm: str, steps: int) -> dict[str, Any]
     start = steps - 1 if fraction == 0 else round(steps * (1 - fraction))
     rate = {"optimizer.restart_percent": 0.0, "optimizer.decay_percent": COOLDOWN}
     if 0 < fraction < 1 and arm == "cooldown":
-        rate = {"optimizer.restart_percent": 100 * (1 - fraction), "optimizer.decay_percent": 100.0}
+        cooldown = min(COOLDOWN / (1 - fraction), 100.0)  # percents are those of the part
+        rate = {
+            "optimizer.restart_percent": 100 * (1 - fraction),
+            "optimizer.cooldown_percent": cooldown,
+            "optimizer.decay_percent": 100.0,
+        }
     elif fraction > 0:
         rate["optimizer.decay_percent"] = 100 * fraction
     return {"schedule.weights.bits": bits, "schedule.weights.start_steps": float(start), **rate}

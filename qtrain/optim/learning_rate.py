@@ -43,7 +43,7 @@ def learning_rate_schedule(
 
     `key` names the config in messages.
 
-    wsd is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395); with a restart, training in float with its cooldown,
+    wsd is warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395); with a restart, float training with its cooldown,
     say, then quantized. A decay that has no room after the warm-up is cut; decay_percent=100 is one all along.
 
     Raises:
