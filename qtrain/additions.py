@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from qtrain.precision import Precision
+from qtrain.steering import Steering
 
 Array = jax.Array
 Bits = Precision | Mapping[str, Precision]
@@ -56,6 +57,7 @@ class Additions:
         besides ``quant``.
       scheduled: ``(step, quant) -> quant``: what of the quantizers' parameters follows a schedule, as of this step.
       priced: ``(params, quant, bits) -> bits`` that the step is charged for, where quantizers choose their width.
+      steering: of the controller that decides the step's precision, where a schedule has one.
     """
 
     observed: Callable[[Array, Any], Any] = _same_batch
@@ -67,11 +69,12 @@ class Additions:
     update_arguments: Callable[[Precision, Bits, Any], dict[str, Any]] = _no_arguments
     scheduled: Callable[[Array, Any], Any] = _same_quant
     priced: Callable[[Any, Any, Any], Bits] = _same_price
+    steering: Steering | None = None
 
     @property
     def assigns(self) -> bool:
         """Whether the bits of a step may be others than the schedule's."""
-        return self.assigned is not _as_scheduled
+        return self.assigned is not _as_scheduled or self.steering is not None
 
     @property
     def penalises(self) -> bool:

@@ -51,7 +51,8 @@ def base_config(task: str) -> ConfigDict:
     multi_precision  widths that are trained together, with the recipe of that name:
                  `qtrain.methods.multi_precision.from_config`; ``data.repeat``: steps that take the same batch
     schedule     `qtrain.schedules.precisions_from_config`; ``weights``, ``acts``, ``grads`` where they differ. The
-                 values of "rounds" are the widths unless given
+                 values of "rounds" are the widths unless given. "fractrain", "muppet" and "budget_keeper" decide
+                 bits while training
     optimizer    `qtrain.optim.optimizer`; ``groups``: parameters, by path, with a ``learning_rate`` or
                  ``weight_decay`` of their own; ``quant``: learned quantizer parameters; ``transition``: of the
                  optimizers sgdt, adamt and adamwt; ``oscillation``: ``track`` (as metrics), ``freeze``
@@ -209,9 +210,15 @@ def _schedule_keys() -> dict[str, Any]:
     """The keys of a schedule, unset. Made anew each time: one placeholder in several places is one value."""
     durations = [f"{name}_{unit}" for name in ("start", "length", "begin") for unit in ("steps", "percent")]
     types: dict[type, tuple[str, ...]] = {
-        str: ("name", "profile", "pattern", "reflection", "cycle_length"),
-        int: ("bits", "low", "high", "cycles", "start_bits", "end_bits", "inside", "outside"),
-        float: ("rate", "beta", *durations),
+        str: ("name", "profile", "pattern", "reflection", "cycle_length", "budget_of", "signal"),
+        int: (
+            *("bits", "low", "high", "cycles", "start_bits", "end_bits", "inside", "outside"),
+            *("window", "violations", "scale_epochs", "noise_seed"),
+        ),
+        float: (
+            *("rate", "beta", *durations, "epsilon", "alpha", "margin", "margin_decay"),
+            *("budget_share", "gain", "memory", "interval_steps", "interval_epochs", "interval_percent"),
+        ),
         tuple: ("boundaries_steps", "boundaries_percent", "values"),
         bool: ("restart",),
     }
@@ -254,3 +261,5 @@ def _make_smoke(config: ConfigDict) -> None:
     for part in (config.schedule, config.schedule.weights, config.schedule.acts, config.schedule.grads):
         if part.cycles is not None:
             part.cycles = min(part.cycles, 2)
+        if part.interval_steps or part.interval_epochs:
+            part.update(interval_steps=2.0, interval_epochs=None)

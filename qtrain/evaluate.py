@@ -62,7 +62,7 @@ class Evaluator:
         `Task.summary`. Of a run that trains several widths also ``…_8bit`` and so on, weights and activations at each.
         """
         experiment = self._experiment
-        scheduled = experiment.precision_at(max(int(state.step) - 1, 0))
+        scheduled = experiment.precision_after(int(state.step), state.previous)
         asked: dict[str, Precision | None] = {"": experiment.q_max, "_scheduled": scheduled, "_float": None}
         for width in experiment.trained_widths:
             asked[f"_{width}bit"] = dataclasses.replace(experiment.q_max, weights=width, acts=width)

@@ -41,10 +41,12 @@ from qtrain.optim.build import TRANSITION
 from qtrain.precision import Precision
 from qtrain.quantizers.native import WIDEST
 from qtrain.recipes import check_values, rules_of
-from qtrain.schedules import PrecisionSchedule
+from qtrain.schedules import CONTROLLERS, Controller, Decided, PrecisionSchedule
+from qtrain.schedules.precisions import KINDS
 from qtrain.sensitivity import FisherSettings, fisher_from_config, weight_traces
 from qtrain.sharding import check_mesh
-from qtrain.state import NOTHING, TrainState, create
+from qtrain.state import NOTHING, Previous, TrainState, create
+from qtrain.steering import KEY, Steering
 from qtrain.tables import Tables, tabulate
 from qtrain.tasks import IMAGES, Task, task_for
 from qtrain.widths import Widths
@@ -66,6 +68,7 @@ class Experiment:
       steps_per_update: training steps whose gradients are averaged into one update.
       additions: what the method adds to the train step.
       task: what is learned.
+      controller: that decides bits, None where the schedule has them all.
       losses: the loss terms among the additions.
       budget: likewise, of learned widths.
       deficit: what the training images lack for a part of the run, likewise among the additions.
@@ -92,6 +95,7 @@ class Experiment:
     steps_per_update: int = 1
     additions: Additions = NOTHING
     task: Task = IMAGES
+    controller: Controller | None = None
     losses: Penalty | None = None
     budget: Budget | None = None
     deficit: Deficit | None = None
@@ -107,7 +111,8 @@ class Experiment:
     def tables(self) -> Tables:
         """What of the config is data to the train step, step by step."""
         bits = None if self.fixed is not None else self.schedule
-        return tabulate(bits, self.learning_rate, self.losses, self.total_steps, self.steps_per_update, self.deficit)
+        lengths = self.total_steps, self.steps_per_update
+        return tabulate(bits, self.learning_rate, self.losses, *lengths, self.deficit, self.controller)
 
     def bound(self, tables: Tables) -> Experiment:
         """The same, reading its schedules from `tables`, which may be traced: a program for all that differ in them."""
@@ -120,22 +125,67 @@ class Experiment:
         if self.deficit is not None:
             observed = dataclasses.replace(self.deficit, switch=tables.deficit)
             additions = dataclasses.replace(additions, observed=observed)
-        return dataclasses.replace(
+        bound = dataclasses.replace(
             self, reads=tables, optimizer=self.optimizer_at(rate), learning_rate=rate, additions=additions
         )
+        return bound.steered_by(tables.controller)
+
+    def steered_by(self, controller: Controller | None) -> Experiment:
+        """The same with another controller of the same structure, whose numbers may be traced."""
+        if controller is None:
+            return self
+        assert self.additions.steering is not None
+        steering = dataclasses.replace(self.additions.steering, controller=controller)
+        additions = dataclasses.replace(self.additions, steering=steering)
+        return dataclasses.replace(self, controller=controller, additions=additions)
 
     def precision(self, step: Any) -> Precision:
-        """The precision of a step."""
+        """The precision of a step; None for what a controller decides."""
         if self.fixed is not None:
             return self.fixed
-        return self.schedule(step) if self.reads is None else self.reads.precision(step)
+        if self.reads is not None:
+            return self.reads.precision(step)
+        return self.schedule(step) if self.controller is None else schedules.without_decided(self.schedule)(step)
 
     def precision_at(self, step: int) -> Precision:
-        """The precision of a step as Python numbers; None where a kind is not quantized."""
+        """The precision of a step as Python numbers; None where a kind is not quantized.
+
+        Under a controller that of step 0 alone is known: see `precision_after`.
+
+        Raises:
+          UsageError: for a later step under a controller.
+        """
         if self.fixed is not None:
             return self.fixed
+        steering = self.additions.steering
+        if steering is not None and step > 0:
+            raise UsageError(f"step {step}: {steering.controller.name} decides its bits while training")
+
+        def precision(step: Any) -> Precision:
+            found = self.precision(step)
+            return found if steering is None else steering.precision(found, {KEY: steering.controller.init({})})
+
         # Compiled whole: a schedule's operations one by one would be a dozen programs.
-        return jax.tree.map(float, jax.device_get(jax.jit(self.schedule)(step)))
+        return jax.tree.map(float, jax.device_get(jax.jit(precision)(step)))
+
+    def last_precision(self, state: TrainState) -> Precision:
+        """The precision of the last of the steps that led to `state`; may be traced."""
+        return self.precision(state.step - 1) if self.controller is None else self.precision_of(state.previous)
+
+    def precision_of(self, previous: Previous) -> Precision:
+        """The precision that a step left in its state, for the kinds that are quantized."""
+        used = [kind for kind in KINDS if getattr(self.q_max, kind) is not None]
+        return Precision(**{kind: previous.bits[KINDS.index(kind)] for kind in used})
+
+    def precision_after(self, step: int, previous: Previous | None) -> Precision:
+        """The precision of the last of `step` steps, of the first if there is none; as Python numbers.
+
+        `previous`: what it left in the state, by which it is known under a controller.
+        """
+        if self.controller is None or step == 0:
+            return self.precision_at(max(step - 1, 0))
+        assert previous is not None
+        return jax.tree.map(float, self.precision_of(jax.device_get(previous)))
 
     def inputs(self) -> Any:
         """The shape of the model's input for one training batch: an array's, or by name those of a graph."""
@@ -179,6 +229,8 @@ class Experiment:
     def describe_schedule(self) -> str:
         """The schedules, a line each."""
         parts = {"weights": self.schedule.weights, "activations": self.schedule.acts, "gradients": self.schedule.grads}
+        if self.controller is not None:
+            parts["controller"] = self.controller.describe()
         if self.fixed is not None:
             widths = f"weights {self.fixed.weights}, activations {self.fixed.acts} bits, gradients float"
             return f"backend aqt, static: {widths}"
@@ -193,11 +245,22 @@ class Experiment:
         return float(self.total_steps * cost.linear(self.plan.ops, self.fixed or Precision()))
 
     def cost_summary(self) -> dict[str, float]:
-        """BitOps of the whole run under the schedule and at q_max, the saving, and bytes of the stored weights."""
+        """BitOps of the whole run under the schedule and at q_max, the saving, and bytes of the stored weights.
+
+        Under a controller ``effective_bitops`` and ``saving`` are not known beforehand: they are those of the fewest
+        bits that it may choose, throughout, and ``highest_bitops`` those of the most.
+        """
+        lowest, highest = schedules.bounds(self.schedule)
         static = cost.static(self.plan.ops, self.q_max, self.total_steps)
-        effective = static if self.fixed is not None else cost.effective(self.plan.ops, self.schedule, self.total_steps)
+        effective = static if self.fixed is not None else cost.effective(self.plan.ops, lowest, self.total_steps)
+        most = (
+            {}
+            if self.controller is None
+            else {"highest_bitops": cost.effective(self.plan.ops, highest, self.total_steps)}
+        )
         return {
             "effective_bitops": effective,
+            **most,
             "static_bitops": static,
             "saving": cost.saving(effective, static),
             "float_bitops": cost.static(self.plan.ops, Precision(), self.total_steps),
@@ -219,6 +282,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     steps_per_epoch = dataset.steps_per_epoch(config.data.batch_size) * config.data.repeat
     total_steps = _total_steps(config, steps_per_epoch)
     schedule = schedule_of(config, method, total_steps)
+    _check_decided(config, schedule)
     fields = config.model.to_dict()
     _check_suits(fields.get("name"), dataset, config.data.name)
     _check_splits(config.eval.splits, dataset)
@@ -265,6 +329,12 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
     deficit = deficit_from_config(config.deficit, dataset, total_steps, steps_per_epoch)
     if deficit is not None:
         additions = dataclasses.replace(additions, observed=deficit)
+    controller = controller_of(config, schedule, widths, total_steps, steps_per_epoch)
+    if controller is not None:
+        followers = tuple(weight for weight in weights if weight.kind == "weights" and weight.rule.weights is None)
+        if not followers and isinstance(controller, schedules.Muppet):
+            raise UsageError("schedule.name='muppet': no layer's weights follow the schedule, whose gradients it reads")
+        additions = dataclasses.replace(additions, steering=Steering(controller, followers))
     if method is not None:
         additions = method.add_to(additions, qmodel, inputs)
         lengths = steps_per_epoch, total_steps
@@ -296,6 +366,7 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
         steps_per_update=fields["accumulate_steps"],
         additions=additions,
         task=task,
+        controller=controller,
         losses=losses,
         budget=budget,
         deficit=deficit,
@@ -340,11 +411,45 @@ def schedule_of(config: ConfigDict, method: MultiPrecision | None, total_steps: 
     fields = config.schedule.to_dict()
     if method is None:
         return schedules.precisions_from_config(fields, total_steps)
+    if fields["name"] in CONTROLLERS or any(fields[kind]["name"] in CONTROLLERS for kind in KINDS):
+        raise UsageError(
+            f"schedule.name={fields['name']!r}: multi_precision trains widths that are known before the run; give "
+            "'rounds' or another schedule, or leave multi_precision.widths empty"
+        )
     if fields["name"] == "rounds" and fields["values"] is None:
         fields["values"] = method.widths
     schedule = schedules.precisions_from_config(fields, total_steps)
     method.check_schedule(schedule, total_steps, config.data.repeat)
     return schedule
+
+
+def _check_decided(config: ConfigDict, schedule: PrecisionSchedule) -> None:
+    """Refuse controllers where bits are no data."""
+    names = [one.name for one in (schedule.weights, schedule.acts, schedule.grads) if isinstance(one, Decided)]
+    if names and config.quant.backend == "aqt":
+        raise UsageError(
+            f"schedule.name={names[0]!r}: quant.backend='aqt' freezes widths at compile time; give 'constant', or "
+            "quant.backend='qtrain'"
+        )
+
+
+def controller_of(
+    config: ConfigDict, schedule: PrecisionSchedule, widths: Widths, total_steps: int, steps_per_epoch: int
+) -> Controller | None:
+    """The controller of a config's schedules; None where they have none.
+
+    Raises:
+      UsageError: for a wrong value, or widths that are not the controller's alone.
+    """
+    budgeted = any(getattr(getattr(schedule, kind), "name", "") == "budget_keeper" for kind in KINDS)
+    if budgeted and widths.chosen:
+        raise UsageError(
+            "schedule.name='budget_keeper': some quantizers learn their width, and a step's cost would not follow from "
+            "the schedule; give those a width, or hold them to a budget of their own (budget.unit='bitops')"
+        )
+    return schedules.controller_from_schedule(
+        schedule, total_steps, steps_per_epoch, lambda precision: float(cost.bitops(widths.plan.ops, precision))
+    )
 
 
 def losses_of(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Penalty | None:
@@ -400,12 +505,24 @@ def describe(experiment: Experiment) -> str:
             experiment.describe_schedule(),
             "",
             str(experiment.plan),
-            f"{experiment.total_steps} steps; {costs['effective_bitops']:.4g} BitOps, "
-            f"{100 * costs['saving']:.1f} % fewer than {costs['static_bitops']:.4g} at constant q_max "
-            f"(float: {costs['float_bitops']:.4g})",
+            _cost_line(experiment, costs),
             "",
         ]
     )
+
+
+def _cost_line(experiment: Experiment, costs: Mapping[str, float]) -> str:
+    steps, static = experiment.total_steps, costs["static_bitops"]
+    rest = f"{static:.4g} at constant q_max (float: {costs['float_bitops']:.4g})"
+    if experiment.controller is None:
+        return f"{steps} steps; {costs['effective_bitops']:.4g} BitOps, {100 * costs['saving']:.1f} % fewer than {rest}"
+    between = f"{costs['effective_bitops']:.4g} to {costs['highest_bitops']:.4g} BitOps"
+    spends = f"{between}; which is not known before"
+    if isinstance(experiment.controller, schedules.BudgetKeeper):
+        budget = experiment.controller.bitops
+        spends = f"{budget:.4g} BitOps, of {between} that can be, {100 * (1 - budget / static):.1f} % fewer than"
+        return f"{steps} steps; budget_keeper spends {spends} {rest}"
+    return f"{steps} steps; {experiment.controller.name} decides bits while training: {spends}; {rest}"
 
 
 def narrowest_of(schedule: PrecisionSchedule, total_steps: int, rules: tuple[Rule, ...]) -> Precision:
@@ -417,7 +534,8 @@ def narrowest_of(schedule: PrecisionSchedule, total_steps: int, rules: tuple[Rul
         most = getattr(schedule.q_max, kind)
         if most is None or most <= WIDEST:
             return None
-        return int(schedules.evaluate(getattr(schedule, kind), total_steps).min())
+        of_kind = getattr(schedules.bounds(schedule)[0], kind)
+        return int(schedules.evaluate(of_kind, total_steps).min())
 
     return Precision(**{kind: fewest(kind) for kind in ("weights", "acts", "grads")})
 

@@ -9,13 +9,16 @@ import jax
 
 from qtrain.experiment import Experiment
 from qtrain.groups import latent_weights
+from qtrain.losses.budget import initial_controller
 from qtrain.optim import named_rows, oscillation_metrics, transition_metrics
 from qtrain.optim.build import TRANSITION
 from qtrain.optim.transition_metrics import with_overall
 from qtrain.precision import Precision
+from qtrain.schedules import Controller
 from qtrain.sensitivity import FisherSettings, model_fisher_trace
 from qtrain.size import size_metrics
 from qtrain.state import TrainState
+from qtrain.steering import KEY
 from qtrain.trees import leaf_name
 
 Array = jax.Array
@@ -36,6 +39,7 @@ def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]
     * With ``fisher.examples`` ``fisher/<parameter>/trace``, of all parameters together ``fisher/trace`` and its
       standard error ``fisher/trace_error``: `qtrain.sensitivity.model_fisher_trace`, at the bits of the last step and
       on images as it took them; ``…_q_max`` and ``…_float`` where ``fisher.at`` asks for them.
+    * Where a controller decides bits, what it shows of its state, ``controller/level`` and others.
     """
     optimizer = experiment.config.optimizer
     parts: list[Measure] = []
@@ -44,12 +48,16 @@ def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]
     if experiment.widths is not None and experiment.widths.choosing:
         parts.append(lambda state, precision: _widths(experiment, state, precision))
     if experiment.config.budget.unit != "none":
-        parts.append(lambda state, precision: {f"budget/{name}": value for name, value in state.controller.items()})
+        names = tuple(initial_controller())
+        parts.append(lambda state, precision: {f"budget/{name}": state.controller[name] for name in names})
+    steering = experiment.additions.steering
+    if steering is not None:
+        parts.append(lambda state, precision: _decided(steering.controller, state))
     if not parts and experiment.fisher is None:
         return None
 
     def measure(state: TrainState, q_max: Precision, examples: Any) -> dict[str, Array]:
-        precision = experiment.precision(state.step - 1)
+        precision = experiment.last_precision(state)
         found = {name: value for part in parts for name, value in part(state, precision).items()}
         if experiment.fisher is not None:
             found |= _fisher(experiment, experiment.fisher, state, precision, q_max, examples)
@@ -109,6 +117,10 @@ def _fisher(
         for path, value in jax.tree_util.tree_flatten_with_path(found.mean)[0]:
             rows.setdefault("/".join(leaf_name(path)), {})[name] = value
     return named_rows(rows, "fisher")
+
+
+def _decided(controller: Controller, state: TrainState) -> dict[str, Array]:
+    return {f"controller/{name}": value for name, value in controller.metrics(state.controller[KEY]).items()}
 
 
 def _without_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:

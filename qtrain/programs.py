@@ -53,7 +53,9 @@ class Programs:
             out_shardings=(self.shardings, everywhere),
         )
         self.in_use: Any = self.step
-        self._initial = jax.jit(experiment.initial_state, out_shardings=self.shardings)
+        self._initial = jax.jit(
+            lambda seed, controller: experiment.steered_by(controller).initial_state(seed), out_shardings=self.shardings
+        )
         self._key = jax.jit(jax.random.key, out_shardings=everywhere)
         self.measures = make_layer_metrics(experiment) is not None
         self._measure = jax.jit(self._layer_metrics, out_shardings=everywhere)
@@ -74,9 +76,9 @@ class Programs:
         )
         return (several_steps(step) if self.per_dispatch > 1 else step)(state, batch, key)
 
-    def initial_state(self, seed: int) -> TrainState:
+    def initial_state(self, seed: int, tables: Tables) -> TrainState:
         """The state at step 0."""
-        return self._initial(_seed(seed))
+        return self._initial(_seed(seed), tables.controller)
 
     def key(self, seed: int) -> Array:
         """The key of a run's steps."""

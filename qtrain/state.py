@@ -87,7 +87,10 @@ def create(
         quant=quant,
         collections=collections,
         opt_state=optimizer.init({"params": params, "quant": quant}),
-        controller=additions.controller(),
+        controller={
+            **additions.controller(),
+            **({} if additions.steering is None else additions.steering.begun(params)),
+        },
         bitops=cost.zero(),
         metrics=train_metrics(task.measured, len(jax.tree.leaves(params)) if layer_norms else 0).empty(),
         previous=Previous(jnp.zeros((3,)), nothing, nothing),
@@ -112,7 +115,7 @@ def make_train_step(
 
     Args:
       qmodel, optimizer: what is trained, and how.
-      schedule: step → `Precision`.
+      schedule: step → `Precision`, None for what a controller of the additions decides.
       ops: the counted operations, priced at the step's precision and added to ``state.bitops``.
       log_every: the averages start anew after every so many steps.
       additions: what the method adds.
@@ -123,7 +126,9 @@ def make_train_step(
     transform = optax.with_extra_args_support(optimizer)
 
     def train_step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, dict[str, Any]]:
-        precision = schedule(state.step)
+        steering, precision = additions.steering, schedule(state.step)
+        if steering is not None:
+            precision = steering.precision(precision, state.controller)
         batch = additions.observed(state.step, batch)
         step_key = jax.random.fold_in(key, state.step)
         dropout, quant = jax.random.split(step_key)
@@ -180,6 +185,10 @@ def make_train_step(
         fresh = state.step % log_every == 0
         averages = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), Averages.empty(), state.metrics)
         averages = averages.merge(measured)
+        bitops = cost.add(state.bitops, cost.bitops(ops, priced))
+        if steering is not None:
+            seen = {"step": state.step, "loss": loss, "grad_norm": norms["grad_norm"], "bitops": bitops}
+            controller = steering.updated(controller, grads["params"], **seen)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -187,7 +196,7 @@ def make_train_step(
             collections=dict(updated),
             opt_state=opt_state,
             controller=controller,
-            bitops=cost.add(state.bitops, cost.bitops(ops, priced)),
+            bitops=bitops,
             metrics=averages,
             previous=Previous(bits, whole["grad_norm"], whole["update_norm"]),
         )

@@ -13,7 +13,7 @@ from qtrain import schedules
 from qtrain.deficits import Deficit
 from qtrain.losses import Penalty
 from qtrain.precision import Precision
-from qtrain.schedules import PrecisionSchedule
+from qtrain.schedules import Controller, PrecisionSchedule
 from qtrain.schedules.precisions import KINDS
 
 Array = jax.Array
@@ -23,16 +23,19 @@ class Tables(NamedTuple):
     """A run's schedules as arrays, which its compiled step takes as an argument: runs that differ in them share it.
 
     Attributes:
-      bits: of each kind at every step, float32 [steps]; None where it is not quantized, or where bits are no data.
+      bits: of each kind at every step, float32 [steps]; None where it is not quantized, where bits are no data, or
+        where a controller decides them.
       learning_rate: of every update, float32 [updates].
       losses: name of a loss term → its rate at every step, float32 [steps].
       deficit: 1 at the steps whose images lack something, float32 [steps]; None: those of no step do.
+      controller: that decides bits; None: the schedule has them all.
     """
 
     bits: Precision
     learning_rate: Any
     losses: dict[str, Any]
     deficit: Any = None
+    controller: Controller | None = None
 
     def precision(self, step: Array) -> Precision:
         """The bits of a step."""
@@ -50,6 +53,7 @@ def tabulate(
     total_steps: int,
     steps_per_update: int = 1,
     deficit: Deficit | None = None,
+    controller: Controller | None = None,
 ) -> Tables:
     """The tables of a run of `total_steps`, NumPy arrays; 4 bytes a step for each of at most a handful of schedules.
 
@@ -59,9 +63,11 @@ def tabulate(
       losses: the penalty, or None.
       total_steps, steps_per_update: of the run.
       deficit: of the images, or None.
+      controller: of the run, whose numbers are data as they are.
     """
     bits = Precision()
     if schedule is not None:
+        schedule = schedules.without_decided(schedule)
         kinds = {kind: getattr(schedule, kind) for kind in KINDS}
         of_kind = {kind: None if one is None else schedules.evaluate(one, total_steps) for kind, one in kinds.items()}
         bits = Precision(**of_kind)
@@ -72,4 +78,4 @@ def tabulate(
     updates = np.arange(-(-total_steps // steps_per_update), dtype=np.int32)
     rates = np.asarray(jax.jit(jax.vmap(rate))(updates))
     window = None if deficit is None else deficit.table()
-    return Tables(bits, rates, {} if losses is None else losses.table(), window)
+    return Tables(bits, rates, {} if losses is None else losses.table(), window, controller)

@@ -25,6 +25,7 @@ from qtrain.experiment import Experiment, describe
 from qtrain.metrics import norm_rows
 from qtrain.programs import Programs
 from qtrain.progress import Progress
+from qtrain.schedules import BudgetKeeper
 from qtrain.size import size_summary
 from qtrain.start import as_started, prepared
 from qtrain.state import TrainState
@@ -199,7 +200,7 @@ class _Run:
                 data.check_fingerprint(restored.metadata["fingerprint"], self.fingerprint)
                 self.metadata = restored.metadata
                 return restored.state
-        return self._begun(self.programs.initial_state(self.config.seed), loaded)
+        return self._begun(self.programs.initial_state(self.config.seed, self.tables), loaded)
 
     def _begun(self, state: TrainState, loaded: dict[str, Any] | None) -> TrainState:
         """`state` with the parameters to start from, and quantizers that begin with these and the first batch."""
@@ -331,7 +332,7 @@ class _Run:
         total = self.experiment.total_steps
         effective = cost.value(self.state.bitops)
         static = cost.static(self.experiment.plan.ops, self.experiment.q_max, total)
-        last = self.experiment.precision_at(total - 1)
+        last = self.experiment.precision_after(total, self.state.previous)
         bits = {name: 32 if value is None else int(value) for name, value in vars(last).items()}
         # Of several widths the widest is what is stored: the others follow from its integers.
         stored = self.experiment.q_max if self.experiment.trained_widths else last
@@ -344,12 +345,21 @@ class _Run:
             "static_bitops": static,
             "saving": cost.saving(effective, static),
             **({} if linear is None else {"linear_cost": linear}),
+            **self._kept(effective),
             "compilations": self._compilations(),
             "wall_seconds": round(self.progress.elapsed, 3),
             "bits_final": bits,
             **size_summary(self.experiment.weights, self.state.params, self.state.quant, stored),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
         }
+
+    def _kept(self, effective: float) -> dict[str, float]:
+        """The budget that a controller was given, and the share of it that was spent."""
+        controller = self.experiment.controller
+        if not isinstance(controller, BudgetKeeper):
+            return {}
+        budget = controller.bitops
+        return {"budget_bitops": budget, "budget_spent": effective / budget}
 
 
 def _due(step: int, every: int) -> bool:

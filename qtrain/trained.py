@@ -14,6 +14,7 @@ from qtrain.checkpoint import restore
 from qtrain.errors import UsageError
 from qtrain.experiment import Experiment, build
 from qtrain.manifest import folders
+from qtrain.precision import Precision
 
 
 class Trained(NamedTuple):
@@ -23,11 +24,13 @@ class Trained(NamedTuple):
       experiment: as the run was started: its layers are carried out as then.
       variables: ``params``, ``quant`` and the other collections.
       step: of the checkpoint.
+      last: the precision of the run's last step; where a controller decides, of the checkpoint's.
     """
 
     experiment: Experiment
     variables: dict[str, Any]
     step: int
+    last: Precision
 
 
 def experiment_of(workdir: str | os.PathLike[str], command: str) -> Experiment:
@@ -47,8 +50,10 @@ def experiment_of(workdir: str | os.PathLike[str], command: str) -> Experiment:
 def restored(workdir: str | os.PathLike[str], experiment: Experiment) -> Trained:
     """The variables of the newest finished checkpoint of a run, whose `experiment` is that of `experiment_of`."""
     abstract = jax.eval_shape(experiment.initial_state)
-    names = ("params", "quant", "collections")
+    steered = experiment.controller is not None
+    names = ("params", "quant", "collections", *["previous"] * steered)
     found = restore(Path(workdir, "checkpoints"), {name: getattr(abstract, name) for name in names}, partial=True)
     state = found.state
     variables = {"params": state["params"], "quant": state["quant"], **state["collections"]}
-    return Trained(experiment, variables, found.step)
+    reached = found.step if steered else experiment.total_steps
+    return Trained(experiment, variables, found.step, experiment.precision_after(reached, state.get("previous")))

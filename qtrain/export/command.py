@@ -114,8 +114,7 @@ def _prepared(workdir: Any, out: Any, program: Any, bits: int | None, platforms:
             f"export: model.name={experiment.config.model.name!r} finds boxes; export takes models that put out logits"
         )
     inputs = experiment.inputs()
-    variables = restored(workdir, experiment).variables
-    precision = experiment.precision_at(experiment.total_steps - 1)
+    _, variables, _, precision = restored(workdir, experiment)
     if bits is None:
         bits = _kept(experiment.qmodel.weights(inputs, train=False))
     if bits is not None:

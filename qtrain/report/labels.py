@@ -120,6 +120,9 @@ def _describe(keys: Mapping[str, Any]) -> str:
         return "float"
     if name in _SUITE:
         return f"{name} {low}–{high}"
+    if name == "budget_keeper":
+        share, of = keys.get("budget_share", 1.0), keys.get("budget_of", "static")
+        return f"budget_keeper {low}–{high} at {share:g} of {of}"
     if name == "cyclic":
         return f"{_letters(keys)} {low}–{high}"
     if name == "linear":

@@ -12,6 +12,8 @@ Array(5., dtype=float32)
 - `cyclic`, and the ten schedules of Wolfe & Kyrillidis 2024: `suite`, `by_name`, in the `GROUPS` of what they save;
 - `window` (a deficit), `delayed` (late quantization), `join`, `clip`, `shift`: schedules made of schedules or bits;
 - `from_config`, `precisions_from_config`: from a config's plain mapping; `PrecisionSchedule`: ``step -> Precision``;
+- `fractrain`, `muppet`, `budget_keeper`: a `Controller` each, which decides bits while training, from `Signals`;
+  `controller_from_schedule`;
 - `relative_cost`, `saving`: what a schedule costs; `evaluate`: its bits at every step; `highest`: its q_max;
 - `suite_table`, `draw_suite`, `draw`: to look at.
 
@@ -19,6 +21,7 @@ A wrong parameter raises `qtrain.errors.UsageError` when the schedule is built. 
 """
 
 from qtrain.schedules.basic import Constant, Linear, Piecewise, Rounds, constant, linear, piecewise, rounds, step
+from qtrain.schedules.budget_keeper import BudgetKeeper, budget_keeper
 from qtrain.schedules.combinators import (
     Clipped,
     Delayed,
@@ -31,42 +34,58 @@ from qtrain.schedules.combinators import (
     shift,
     window,
 )
-from qtrain.schedules.config import from_config
+from qtrain.schedules.config import CONTROLLERS, from_config
+from qtrain.schedules.controller import Controller, Decided, Signals
+from qtrain.schedules.controllers import bounds, controller_from_schedule, without_decided
 from qtrain.schedules.cycles import GROUPS, SUITE, Cyclic, by_name, cyclic, suite
+from qtrain.schedules.fractrain import FracTrain, fractrain
+from qtrain.schedules.muppet import Muppet, muppet
 from qtrain.schedules.picture import draw, draw_suite, suite_table
 from qtrain.schedules.precisions import PrecisionSchedule, precisions_from_config
 from qtrain.schedules.savings import relative_cost, saving
 from qtrain.schedules.schedule import FLOAT_BITS, Schedule, ScheduleLike, evaluate, highest
 
 __all__ = [
+    "CONTROLLERS",
     "FLOAT_BITS",
     "GROUPS",
     "SUITE",
+    "BudgetKeeper",
     "Clipped",
     "Constant",
+    "Controller",
     "Cyclic",
+    "Decided",
     "Delayed",
+    "FracTrain",
     "Joined",
     "Linear",
+    "Muppet",
     "Piecewise",
     "PrecisionSchedule",
     "Rounds",
     "Schedule",
     "ScheduleLike",
     "Shifted",
+    "Signals",
     "Window",
+    "bounds",
+    "budget_keeper",
     "by_name",
     "clip",
     "constant",
+    "controller_from_schedule",
     "cyclic",
     "delayed",
     "draw",
     "draw_suite",
     "evaluate",
+    "fractrain",
     "from_config",
     "highest",
     "join",
     "linear",
+    "muppet",
     "piecewise",
     "precisions_from_config",
     "relative_cost",
@@ -77,4 +96,5 @@ __all__ = [
     "suite",
     "suite_table",
     "window",
+    "without_decided",
 ]

@@ -9,13 +9,20 @@ from typing import Any
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.schedules.basic import constant, linear, piecewise, rounds
 from qtrain.schedules.combinators import delayed, window
+from qtrain.schedules.controller import Decided
 from qtrain.schedules.cycles import PROFILES, SUITE, by_name, cyclic
+from qtrain.schedules.muppet import VALUES
 from qtrain.schedules.schedule import FLOAT_BITS, MOST_STEPS, Schedule, increasing_steps, one_of, shown, whole_number
 
 SHARED_KEYS = frozenset({"low", "high", "cycles", "profile", "pattern", "bits", "weights", "acts", "grads"})
 """Keys that configs have in common, so that one override of ``schedule.name`` is enough to change the schedule."""
 
 DURATIONS = ("begin", "start", "length", "boundaries")
+
+CONTROLLERS = ("fractrain", "muppet", "budget_keeper")
+"""Names of schedules whose bits are decided while training."""
+
+INTERVAL = ("interval_steps", "interval_epochs", "interval_percent")
 
 TAKES: dict[str, tuple[str, ...]] = {
     "constant": ("bits", "high"),
@@ -27,6 +34,20 @@ TAKES: dict[str, tuple[str, ...]] = {
     **{name: ("low", "high", "cycles", "rate", "beta", "cycle_length") for name in SUITE},
     "window": ("start", "length", "inside", "outside", "low", "high"),
     "delayed": ("start", "bits", "high", "then", "restart"),
+    "fractrain": ("values", "epsilon", "alpha", "scale_epochs", *INTERVAL),
+    "muppet": ("values", "window", "violations", "margin", "margin_decay", *INTERVAL),
+    "budget_keeper": (
+        "low",
+        "high",
+        "cycles",
+        "budget_share",
+        "budget_of",
+        "signal",
+        "gain",
+        "memory",
+        "noise_seed",
+        *INTERVAL,
+    ),
 }
 """The keys of each name; a duration stands for its ``_steps`` and ``_percent``."""
 
@@ -67,8 +88,15 @@ def from_config(mapping: Any, total_steps: int, path: str = "schedule") -> Sched
                       (default `high`): bits or a mapping
     delayed           start_steps | start_percent; bits (default `high`), or `then`: a mapping; restart (default
                       False): `then` counts steps, and its percents, from the start on
+    fractrain         values: bits of each stage; epsilon, alpha, scale_epochs
+    muppet            values (default 8 12 14 16 32), window, violations, margin, margin_decay
+    budget_keeper     low, high; budget_share of the BitOps of budget_of ("static", or a name of the ten, which needs
+                      cycles; default "static"); signal, gain, memory, noise_seed
     ================= ==========================================================================================
 
+    - The last three are controllers (`qtrain.schedules.Controller`), which decide bits while training: what is returned
+      says which bits alone, and is no function of the step. They also take interval_steps | interval_epochs |
+      interval_percent.
     - A key whose value is ``None`` is unset.
     - The keys low, high, cycles, profile, pattern, bits, weights, acts and grads may be set for any name, also one that
       does not use them. Any other key that the name does not use is an error.
@@ -192,11 +220,29 @@ def _construct(name: str, given: dict[str, Any], total_steps: int, path: str) ->
         if "then" in given and "bits" in given:
             raise UsageError("bits, then: exactly one of them")
         return delayed(need("start"), need("then", "bits", "high"), given.get("restart", False))
+    if name in CONTROLLERS:
+        for key in ("low", "high") if name == "budget_keeper" else ():
+            need(key)
+        return _decided(name, given)
     required = {key: need(key) for key in ("profile", "low", "high", "cycles") if key in TAKES[name]}
     options = {key: given[key] for key in TAKES[name] if key in given and key not in required}
     if name == "cyclic":
         return cyclic(**required, **options, total_steps=total_steps)
     return by_name(name, **required, **options, total_steps=total_steps)
+
+
+def _decided(name: str, given: Mapping[str, Any]) -> Decided:
+    settings = dict(given)
+    if name == "budget_keeper":
+        low, high = constant(settings["low"]).bits, constant(settings["high"]).bits
+        if low >= high:
+            raise UsageError(f"low={low}, high={high}: high must be above low")
+        values: Any = tuple(range(low, high + 1))
+    else:
+        values = settings.pop("values", VALUES if name == "muppet" else None)
+        if values is None:
+            raise UsageError(f"name={name!r} needs values, which is not set")
+    return Decided(name, values, tuple(sorted(settings.items())))
 
 
 def _piecewise(boundaries: list[int], values: Any, collapse: bool) -> Schedule:
@@ -216,6 +262,11 @@ def _inner(settings: Mapping[str, Any], key: str, total_steps: int, path: str) -
     around = {k: settings[k] for k in ("low", "high", "cycles", "profile", "pattern") if k in settings}
     merged = inherit(own, around)
     check_keys(own, merged, f"{path}.{key}")
+    if merged.get("name") in CONTROLLERS:
+        raise UsageError(
+            f"{path}.{key}.name={merged['name']!r}: it decides bits while training, throughout the run; give it as "
+            f"{path}.name"
+        )
     return build(merged, total_steps, f"{path}.{key}")
 
 

@@ -93,7 +93,7 @@ def search_run(
     solve(Problem(tuple(searched), widths, np.zeros((len(searched), len(widths))), costs), unit, budget)
 
     mesh = sharding.mesh_for(None if graph else experiment.config.data.batch_size)
-    _, variables, step = restored(workdir, experiment)
+    _, variables, step, _ = restored(workdir, experiment)
     variables = jax.device_put(variables, sharding.replicated(mesh))
     leaves = [weight for group in searched.values() for weight in group]
     traces = weight_traces(

@@ -8,15 +8,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+
 from qtrain.config import check_keys
 from qtrain.deficits import deficit_from_config
 from qtrain.errors import UsageError
-from qtrain.experiment import Experiment, losses_of, narrowest_of, schedule_of
+from qtrain.experiment import Experiment, controller_of, losses_of, narrowest_of, schedule_of
 from qtrain.optim.build import TRANSITION
 from qtrain.optim.learning_rate import learning_rate_schedule
 from qtrain.quantizers import FLOAT_BITS
 from qtrain.recipes import check_values
-from qtrain.schedules import PrecisionSchedule
+from qtrain.schedules import Controller, PrecisionSchedule
 from qtrain.schedules.precisions import KINDS
 from qtrain.sweep.expand import Point
 from qtrain.workdir import leaves
@@ -105,20 +107,22 @@ def vary(base: Experiment, point: Point) -> Experiment:
     config = point.config
     check_keys(config)
     check_values(config)
-    schedule = base.schedule
+    schedule, controller = base.schedule, base.controller
+    steps_per_epoch = base.dataset.steps_per_epoch(config.data.batch_size) * config.data.repeat
     if base.fixed is None and not base.trained_widths:  # else it is the same
         schedule = schedule_of(config, None, base.total_steps)
-        if (problem := _another_program(base, schedule)) is not None:
+        assert base.widths is not None
+        controller = controller_of(config, schedule, base.widths, base.total_steps, steps_per_epoch)
+        if (problem := _another_program(base, schedule, controller)) is not None:
             raise NotTogether(
                 f"--vectorized: point {point.index} has {problem}, and the first of the points has not; add --separate "
                 "for a program of its own, or leave out --vectorized"
             )
     assert base.widths is not None
-    steps_per_epoch = base.dataset.steps_per_epoch(config.data.batch_size) * config.data.repeat
     fields = config.optimizer.to_dict()
     rate = learning_rate_schedule(fields, base.total_steps, steps_per_epoch, base.steps_per_update)
     return dataclasses.replace(
-        base,
+        base.steered_by(controller),
         config=config,
         schedule=schedule,
         learning_rate=rate,
@@ -127,8 +131,12 @@ def vary(base: Experiment, point: Point) -> Experiment:
     )
 
 
-def _another_program(base: Experiment, schedule: PrecisionSchedule) -> str | None:
+def _another_program(base: Experiment, schedule: PrecisionSchedule, controller: Controller | None) -> str | None:
     """Why a schedule needs another program than `base`; None if it does not."""
+    if _form(controller) != _form(base.controller):
+        if controller is None:
+            return "bits that no controller decides (schedule.name)"
+        return f"bits that {controller.name} decides (schedule.name), with so many levels and so large a state,"
     mine, theirs = schedule.q_max, base.q_max
     for kind in KINDS:
         here, there = (bits is None or bits >= FLOAT_BITS for bits in (getattr(mine, kind), getattr(theirs, kind)))
@@ -142,6 +150,12 @@ def _another_program(base: Experiment, schedule: PrecisionSchedule) -> str | Non
     if any(rule.execution != "fake" for rule in base.qmodel.rules) and (mine, ends[0]) != (theirs, ends[1]):
         return f"a schedule up to {_bits(mine)} bits, by which quant.execution chooses,"
     return None
+
+
+def _form(controller: Controller | None) -> Any:
+    """What of a controller is no data."""
+    leaves, structure = jax.tree.flatten(controller)
+    return structure, [leaf.shape for leaf in leaves]
 
 
 def _latent_matters(base: Experiment) -> bool:
