@@ -17,6 +17,7 @@ usage: qtrain COMMAND [flags]
   train      train a config: qtrain train --config configs/digits_cnn_cpt.py --workdir runs/digits
   sweep      every point of a config's sweep(): qtrain sweep --config configs/digits_cnn_suite.py --workdir runs/suite
   plan       what a config quantizes, how, and at what cost; trains nothing
+  range-test the lowest width that trains: qtrain range-test --config configs/digits_cnn_cpt.py --workdir runs/range
   search     a width for each layer of a run, under a budget: qtrain search --workdir runs/digits --budget bits=3
   export     a run's weights as packed integers in one file: qtrain export --workdir runs/digits --out model.safetensors
   plan-budget  when to switch quantization on, at what width: qtrain plan-budget --params 1e8 --tokens 2e9 --memory 50MB
@@ -48,6 +49,12 @@ def _plan(arguments: list[str]) -> int:
     from qtrain.commands import plan
 
     return plan(arguments)
+
+
+def _range_test(arguments: list[str]) -> int:
+    from qtrain.range_test.command import run
+
+    return run(arguments)
 
 
 def _schedules(arguments: list[str]) -> int:
@@ -96,6 +103,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "sweep": _sweep,
     "plan": _plan,
+    "range-test": _range_test,
     "search": _search,
     "export": _export,
     "plan-budget": _plan_budget,

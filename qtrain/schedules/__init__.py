@@ -14,6 +14,7 @@ Array(5., dtype=float32)
 - `from_config`, `precisions_from_config`: from a config's plain mapping; `PrecisionSchedule`: ``step -> Precision``;
 - `fractrain`, `muppet`, `budget_keeper`: a `Controller` each, which decides bits while training, from `Signals`;
   `controller_from_schedule`;
+- `lowest_that_trains`: the precision range test (``qtrain range-test``);
 - `relative_cost`, `saving`: what a schedule costs; `evaluate`: its bits at every step; `highest`: its q_max;
 - `suite_table`, `draw_suite`, `draw`: to look at.
 
@@ -42,6 +43,7 @@ from qtrain.schedules.fractrain import FracTrain, fractrain
 from qtrain.schedules.muppet import Muppet, muppet
 from qtrain.schedules.picture import draw, draw_suite, suite_table
 from qtrain.schedules.precisions import PrecisionSchedule, precisions_from_config
+from qtrain.schedules.range_law import Range, lowest_that_trains
 from qtrain.schedules.savings import relative_cost, saving
 from qtrain.schedules.schedule import FLOAT_BITS, Schedule, ScheduleLike, evaluate, highest
 
@@ -63,6 +65,7 @@ __all__ = [
     "Muppet",
     "Piecewise",
     "PrecisionSchedule",
+    "Range",
     "Rounds",
     "Schedule",
     "ScheduleLike",
@@ -85,6 +88,7 @@ __all__ = [
     "highest",
     "join",
     "linear",
+    "lowest_that_trains",
     "muppet",
     "piecewise",
     "precisions_from_config",
