@@ -213,7 +213,7 @@ def _schedule_keys() -> dict[str, Any]:
         str: ("name", "profile", "pattern", "reflection", "cycle_length", "budget_of", "signal"),
         int: (
             *("bits", "low", "high", "cycles", "start_bits", "end_bits", "inside", "outside"),
-            *("window", "violations", "scale_epochs", "noise_seed"),
+            *("window", "violations", "scale_epochs"),
         ),
         float: (
             *("rate", "beta", *durations, "epsilon", "alpha", "margin", "margin_decay"),

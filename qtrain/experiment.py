@@ -447,9 +447,11 @@ def controller_of(
             "schedule.name='budget_keeper': some quantizers learn their width, and a step's cost would not follow from "
             "the schedule; give those a width, or hold them to a budget of their own (budget.unit='bitops')"
         )
-    return schedules.controller_from_schedule(
-        schedule, total_steps, steps_per_epoch, lambda precision: float(cost.bitops(widths.plan.ops, precision))
-    )
+
+    def price(precision: Precision) -> float:
+        return float(cost.bitops(widths.plan.ops, precision))
+
+    return schedules.controller_from_schedule(schedule, total_steps, steps_per_epoch, price, config.seed)
 
 
 def losses_of(config: ConfigDict, widths: Widths, q_max: Precision, total_steps: int) -> Penalty | None:

@@ -126,7 +126,10 @@ SLOW = (
     "cylinder_bell_funnel_s5_cpt",
     "digit_scenes_detect_cpt",  # tests/test_detector.py trains it",
     "digits_cnn_adaptive",
+    "digits_cnn_budget_keeper",  # tests/test_controllers_training.py trains the controllers
     "digits_cnn_deficit",
+    "digits_cnn_fractrain",
+    "digits_cnn_muppet",
     "digits_cnn_suite",
     "digits_resnet_cpt",
     "digits_resnet_finetune",

@@ -1,5 +1,8 @@
 """Controllers: their laws against slow references in NumPy, the budget for any signal, vmap, mistakes."""
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -290,3 +293,11 @@ def test_mistakes(make, pattern):
     with pytest.raises(UsageError, match=pattern) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_the_documentation_runs():
+    text = (Path(__file__).parents[1] / "docs" / "adaptive.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict = {}
+    exec(compile(block, "docs/adaptive.md", "exec"), names)
+    assert names["bits"].weights > 3 and names["bits"].grads is None

@@ -12,7 +12,7 @@ import numpy as np
 
 from qtrain.errors import UsageError
 from qtrain.precision import Precision
-from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels, whole
+from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels
 from qtrain.schedules.schedule import one_of, whole_number
 
 SIGNALS = ("loss", "grad_norm", "noise", "none")
@@ -67,24 +67,29 @@ class BudgetKeeper(Controller):
     def update(self, state: State, signals: Signals) -> State:
         """Where an interval ends, what the next one may spend; always, the level of the next step."""
         step = jnp.asarray(signals.step, jnp.int32) + 1
-        ends = step % self.interval == 0
-        totals = state["totals"] + jnp.stack([signals.loss, signals.grad_norm])
-        value = jnp.log(jnp.maximum(totals / self.interval, jnp.finfo(jnp.float32).tiny))
+        during = {**state, "totals": state["totals"] + jnp.stack([signals.loss, signals.grad_norm])}
+        left = self._left(signals.bitops.high, signals.bitops.low)
+        # By cond: what is decided once an interval need not be computed at every step.
+        after = jax.lax.cond(step % self.interval == 0, self._after_interval, lambda *_: during, during, step, left)
+        return {**after, "level": self._level(after, step)}
+
+    def _after_interval(self, state: State, step: Array, left: Array) -> State:
+        value = jnp.log(jnp.maximum(state["totals"] / self.interval, jnp.finfo(jnp.float32).tiny))
         growth = value - state["last"]
         # The first interval has nothing to have grown from.
         rate = jnp.where(state["seen"] > 0, 1 / jnp.minimum(jnp.maximum(state["seen"], 1), self.memory), 0.0)
         off = growth - state["mean"]
         mean = state["mean"] + rate * off
         variance = (1 - rate) * (state["variance"] + rate * off * off)
-        spread = jnp.sqrt(variance)
-        scores = (growth - mean) / (2 * spread)
+        scores = (growth - mean) / (2 * jnp.sqrt(variance))
         scores = jnp.where(jnp.isfinite(scores), scores, 0.0)
-        index = step // self.interval
-        draw = jax.random.normal(jax.random.fold_in(jax.random.key(self.noise_seed), index)) / 2
-        signal = jnp.clip(jnp.append(scores, jnp.stack([draw, jnp.zeros(())]))[self.signal], -1, 1)
+        key = jax.random.fold_in(jax.random.key(self.noise_seed), step // self.interval)
+        controls = jnp.stack([jax.random.normal(key) / 2, jnp.zeros(())])
+        signal = jnp.clip(jnp.append(scores, controls)[self.signal], -1, 1)
         finite = jnp.isfinite(growth)
-        at_end = {
-            **self._plan(step, self._left(signals.bitops.high, signals.bitops.low), signal),
+        return {
+            **state,
+            **self._plan(step, left, signal),
             "signal": signal,
             "totals": jnp.zeros(_MEASURED),
             "last": jnp.where(finite, value, state["last"]),
@@ -92,9 +97,6 @@ class BudgetKeeper(Controller):
             "mean": jnp.where(finite, mean, state["mean"]),
             "variance": jnp.where(finite, variance, state["variance"]),
         }
-        during = {**state, "totals": totals}
-        after = {name: jnp.where(ends, value, during[name]) for name, value in at_end.items()}
-        return {**after, "level": self._level(after, step)}
 
     def metrics(self, state: State) -> dict[str, Array]:
         """``level`` and ``signal``, −1 … 1."""
@@ -169,8 +171,8 @@ def budget_keeper(
 
     "loss": the training loss. Where it falls more slowly than it did, or rises, more is spent; where it falls faster,
     less. A negative `gain` turns that round. "grad_norm": likewise the gradient's norm. "noise": s = clip(ν/2, −1, 1),
-    ν standard normal, drawn for each interval by `noise_seed`: as lively and about nothing; "none": 0, so that the run
-    keeps to the pace. These two are what a signal has to beat.
+    ν standard normal, drawn for each interval by `noise_seed` (in a config `seed`): as lively and about nothing;
+    "none": 0, so that the run keeps to the pace. These two are what a signal has to beat.
 
     Args:
       levels: bits of each level, the cheapest first, for each kind that is decided, as many for each.
@@ -216,5 +218,5 @@ def budget_keeper(
         signal=np.asarray(SIGNALS.index(one_of("signal", signal, SIGNALS)), np.int32),
         gain=number("gain", gain, -1.0, 1.0),
         memory=number("memory", memory, 2.0, 1e6),
-        noise_seed=whole("noise_seed", noise_seed, 0),
+        noise_seed=np.asarray(whole_number("noise_seed", noise_seed, 0, 2**32 - 1), np.uint32),
     )

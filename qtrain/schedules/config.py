@@ -45,7 +45,6 @@ TAKES: dict[str, tuple[str, ...]] = {
         "signal",
         "gain",
         "memory",
-        "noise_seed",
         *INTERVAL,
     ),
 }
@@ -91,7 +90,7 @@ def from_config(mapping: Any, total_steps: int, path: str = "schedule") -> Sched
     fractrain         values: bits of each stage; epsilon, alpha, scale_epochs
     muppet            values (default 8 12 14 16 32), window, violations, margin, margin_decay
     budget_keeper     low, high; budget_share of the BitOps of budget_of ("static", or a name of the ten, which needs
-                      cycles; default "static"); signal, gain, memory, noise_seed
+                      cycles; default "static"); signal, gain, memory
     ================= ==========================================================================================
 
     - The last three are controllers (`qtrain.schedules.Controller`), which decide bits while training: what is returned

@@ -27,6 +27,7 @@ def controller_from_schedule(
     total_steps: int,
     steps_per_epoch: int,
     price: Callable[[Precision], float],
+    seed: int = 0,
     path: str = "schedule",
 ) -> Controller | None:
     """The controller of those kinds of `schedule` that are `Decided`; None where none is.
@@ -38,6 +39,7 @@ def controller_from_schedule(
       schedule: as `precisions_from_config` gives it.
       total_steps, steps_per_epoch: of the run.
       price: BitOps of one step at a precision.
+      seed: of noise, where the signal is that.
       path: what to call the mapping in messages.
 
     Raises:
@@ -62,7 +64,7 @@ def controller_from_schedule(
             return fractrain(levels, interval, **settings)
         if one.name == "muppet":
             return muppet(levels, interval, **settings)
-        return _keeper(schedule, levels, interval, settings, total_steps, price)
+        return _keeper(schedule, levels, interval, {**settings, "noise_seed": seed}, total_steps, price)
     except UsageError as error:
         raise UsageError(f"{path}: {str(error).replace('levels.', '')}") from None
 

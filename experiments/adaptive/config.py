@@ -1,0 +1,71 @@
+"""Controllers against fixed schedules at equal bit operations, one family after the colon: mlp, digits_mlp, digits_cnn.
+
+Command: qtrain sweep --config experiments/adaptive/config.py:digits_cnn --workdir runs/adaptive/digits_cnn \\
+    --vectorized --separate
+"""
+
+import runpy
+from pathlib import Path
+
+from qtrain import sweep as points
+from qtrain.config import base_config, finish
+
+short = runpy.run_path(str(Path(__file__).parents[1] / "short_tasks.py"))["short"]
+
+DIGITS = {
+    # Small enough that 2 bits cost several points: the shipped networks are at the ceiling whatever the bits.
+    "digits_cnn": {"model.features": (4, 8), "model.hidden": 16, "train.steps": 800},
+    "digits_mlp": {"model.features": (16, 16), "train.steps": 800},
+}
+LOW, HIGH = 2, 8
+SEEDS = {"digits_mlp": range(5)}
+BUDGETS = (0.4, 0.55, 0.7)  # shares of static 8 bits
+CYCLIC = ("RR", "RTH", "CR", "CT", "LR", "ETV", "ER", "ETH")
+
+
+def get_config(argument: str = "digits_cnn"):
+    family, _, smoke = argument.partition(":")
+    config = digits(family) if family in DIGITS else short(family)
+    config.schedule.update(name="CR", low=LOW, high=HIGH, cycles=8)
+    config.schedule.grads.update(name="constant", bits=HIGH)
+    return finish(config, smoke)
+
+
+def digits(family: str):
+    """The config of a small network on the digits, unlocked."""
+    config = base_config(family)
+    for key, value in DIGITS[family].items():
+        *sections, name = key.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    config.quant.recipe = "cpt"  # every layer but the last follows the schedule, as in the other studies
+    config.train.log_every_steps = 50
+    config.eval.update(every_percent=0.0)
+    config.checkpoint.update(every_percent=50.0, keep=1)
+    return config
+
+
+def arms():
+    """Static bits and schedules to interpolate between, then controllers, then what a signal has to beat."""
+    yield from ({"schedule.name": "constant", "schedule.bits": bits} for bits in range(LOW, HIGH + 1))
+    yield from ({"schedule.name": name} for name in CYCLIC)
+    yield {"schedule.name": "linear"} | {"schedule.start_bits": LOW, "schedule.end_bits": HIGH}
+    for epsilon in (0.02, 0.05, 0.15):
+        yield {"schedule.name": "fractrain", "schedule.values": (2, 3, 5, 8), "schedule.epsilon": epsilon}
+    for margin in (0.05, 0.5, 1.5):
+        yield {"schedule.name": "muppet", "schedule.values": (2, 3, 5, 8), "schedule.margin": margin}
+    for share in BUDGETS:
+        keeper = {"schedule.name": "budget_keeper", "schedule.budget_share": share}
+        for signal in ("loss", "grad_norm", "noise", "none"):
+            yield {**keeper, "schedule.signal": signal}
+        yield {**keeper, "schedule.signal": "loss", "schedule.gain": -0.5}
+        yield {**keeper, "schedule.signal": "loss", "schedule.gain": 1.0}
+    yield {"schedule.name": "budget_keeper", "schedule.budget_of": "CR", "schedule.signal": "loss"}
+    yield {"schedule.name": "budget_keeper", "schedule.budget_of": "CR", "schedule.signal": "none"}
+
+
+def sweep(argument: str = "digits_cnn"):
+    seeds = SEEDS.get(argument.partition(":")[0], range(3))
+    return points.product(list(arms()), {"seed": seeds})
