@@ -123,7 +123,7 @@ def test_points_share_a_program(share, tmp_path, capsys):
     assert main.main(command) == 0
     assert "2 points, 2 finished" in capsys.readouterr().out
     for point, path in zip(points, sorted(path for path in folder.iterdir() if path.is_dir()), strict=False):
-        config = small_config(**given, **{key.replace(".", "__"): value for key, value in point.items()})
+        config = small_config(**given | {key.replace(".", "__"): value for key, value in point.items()})
         alone = train(config, str(tmp_path / path.name), quiet=True)
         found = json.loads((path / "summary.json").read_text())
         assert found["compilations"] == 1

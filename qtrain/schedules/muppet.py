@@ -45,9 +45,12 @@ class Muppet(Controller):
 
     def update(self, state: State, signals: Signals) -> State:
         """The next level at the end of the epoch in which the diversity has fallen too far once too often."""
-        # By cond: a select would read and write every held gradient at every step.
         ends = (signals.step + 1) % self.interval == 0
-        return jax.lax.cond(ends, self._after_epoch, lambda state, grads: state, state, dict(signals.grads))
+        # A loop of no or one turn: its carry stays where it is, where a select, and a cond on a CPU, would copy every
+        # held gradient at every step.
+        return jax.lax.fori_loop(
+            0, ends.astype(jnp.int32), lambda _, kept: self._after_epoch(kept, signals.grads), state
+        )
 
     def _after_epoch(self, state: State, grads: Mapping[str, Array]) -> State:
         diversity = jnp.mean(jnp.stack([_diversity(state["gradients"][name], grad) for name, grad in grads.items()]))
