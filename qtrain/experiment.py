@@ -519,12 +519,11 @@ def _cost_line(experiment: Experiment, costs: Mapping[str, float]) -> str:
     if experiment.controller is None:
         return f"{steps} steps; {costs['effective_bitops']:.4g} BitOps, {100 * costs['saving']:.1f} % fewer than {rest}"
     between = f"{costs['effective_bitops']:.4g} to {costs['highest_bitops']:.4g} BitOps"
-    spends = f"{between}; which is not known before"
     if isinstance(experiment.controller, schedules.BudgetKeeper):
         budget = experiment.controller.bitops
-        spends = f"{budget:.4g} BitOps, of {between} that can be, {100 * (1 - budget / static):.1f} % fewer than"
-        return f"{steps} steps; budget_keeper spends {spends} {rest}"
-    return f"{steps} steps; {experiment.controller.name} decides bits while training: {spends}; {rest}"
+        share = f"{100 * (1 - budget / static):.1f} % fewer than {rest}"
+        return f"{steps} steps; budget_keeper spends {budget:.4g} BitOps of {between} that are possible, {share}"
+    return f"{steps} steps; what {experiment.controller.name} spends the training decides: {between}; {rest}"
 
 
 def narrowest_of(schedule: PrecisionSchedule, total_steps: int, rules: tuple[Rule, ...]) -> Precision:

@@ -145,7 +145,7 @@ def test_points_that_need_another_program(tmp_path, capsys):
 
 def test_what_is_known_before(tmp_path):
     text = describe(build(config_of("fractrain")))
-    assert "fractrain decides bits while training: " in text and "which is not known before" in text
+    assert "what fractrain spends the training decides: " in text
     assert "fractrain: weights, acts 3 5 8; an epoch is 1 steps" in text
     experiment = build(config_of("budget_keeper"))
     reference = build(small_config(**SMALL, schedule__name="CR"))

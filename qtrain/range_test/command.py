@@ -50,7 +50,9 @@ def run(arguments: list[str]) -> int:
     from qtrain.workdir import replace_file, write_json
     from qtrain.writers import read_metrics
 
-    asked = {name: values[name].value for name in ("first", "last", "steps", "average", "threshold", "quiet")}
+    asked: dict[str, Any] = {
+        name: values[name].value for name in ("first", "last", "steps", "average", "threshold", "quiet")
+    }
     try:
         found = range_test(config, values.workdir, **asked)
     except Diverged as error:
