@@ -2,8 +2,8 @@
 
 The arms are the program of `qtrain train`, of one model and batch, compiled once each and timed in turn in one process:
 the ratio of a round is that of neighbouring measurements, which a busy machine disturbs alike, and the order within a
-round is drawn anew. A round ends with the state on the host. Prints, per model, the median ratio with its quartiles and
-a bootstrap interval of the median.
+round is drawn anew. Prints, per model, the median ratio of wall time and of processor time (which preemption by other
+work does not count to), each with its quartiles and a bootstrap interval of the median.
 
     python benchmarks/controllers.py --rounds 60 --out benchmarks/controllers.jsonl
 """
@@ -51,13 +51,13 @@ class Arm:
         self.state = self.programs.initial_state(0, self.tables)
         self.key = self.programs.key(0)
 
-    def seconds(self, batches: list[Any]) -> float:
-        """Of a step, over one of each batch."""
-        start = time.perf_counter()
+    def seconds(self, batches: list[Any]) -> tuple[float, float]:
+        """Of a step, over one of each batch: wall time, processor time."""
+        start, busy = time.perf_counter(), time.process_time()
         for batch in batches:
             self.state, out = self.programs.step(self.state, batch, self.key, self.tables)
         jax.block_until_ready((self.state, out["loss"]))
-        return (time.perf_counter() - start) / len(batches)
+        return (time.perf_counter() - start) / len(batches), (time.process_time() - busy) / len(batches)
 
 
 def measure(task: str, rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -67,22 +67,25 @@ def measure(task: str, rounds: int, steps: int) -> list[dict[str, Any]]:
     with data.train_iterator(experiment.dataset, experiment.config.data.batch_size, 0) as stream:
         batches = [jax.device_put(next(stream)) for _ in range(steps)]
     rng = np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     for _ in range(rounds + 2):
         for name in rng.permutation(list(arms)):
             times[name].append(arms[name].seconds(batches))
     rows = []
     for name, arm in arms.items():
-        ratios = np.array(times[name][2:]) / np.array(times["constant"][2:])
-        medians = np.median(rng.choice(ratios, (2000, len(ratios))), axis=1)
+        ratios = np.array(times[name][2:]) / np.array(times["constant"][2:])  # [rounds, wall and processor time]
+        drawn = np.median(ratios[rng.integers(0, rounds, (2000, rounds))], axis=1)
+        found = {}
+        for side, what in enumerate(("wall", "processor")):
+            found[f"{what}_ratio_to_constant"] = _rounded(np.median(ratios[:, side]))
+            found[f"{what}_interval_95"] = _rounded(np.percentile(drawn[:, side], (2.5, 97.5)))
+            found[f"{what}_quartiles"] = _rounded(np.percentile(ratios[:, side], (25, 75)))
         rows.append(
             {
                 "model": task,
                 "arm": name,
-                "ratio_to_constant": round(float(np.median(ratios)), 4),
-                "interval_95": [round(float(q), 4) for q in np.percentile(medians, (2.5, 97.5))],
-                "quartiles": [round(float(q), 4) for q in np.percentile(ratios, (25, 75))],
-                "step_ms": round(1e3 * float(np.median(times[name][2:])), 4),
+                **found,
+                "step_ms": _rounded(1e3 * np.median(times[name][2:], axis=0)[0]),
                 "programs": arm.programs.compilations(),
                 "rounds": rounds,
                 "steps_per_round": steps,
@@ -92,6 +95,10 @@ def measure(task: str, rounds: int, steps: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _rounded(values: Any) -> Any:
+    return np.round(values, 4).tolist()
 
 
 def main() -> None:

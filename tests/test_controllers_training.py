@@ -12,7 +12,9 @@ from qtrain.cost import bitops
 from qtrain.drive import Preempted
 from qtrain.errors import UsageError
 from qtrain.experiment import build, describe
+from qtrain.report.labels import describe_schedules
 from qtrain.train import _Run, train
+from qtrain.trained import experiment_of, restored
 
 SMALL = {"train__steps": 12, "train__log_every_steps": 1, "checkpoint__every_steps": 6}
 KEEPER = {"schedule__name": "budget_keeper", "schedule__budget_of": "CR", "schedule__interval_steps": 2.0}
@@ -74,6 +76,9 @@ def test_a_resumed_run_is_bit_identical(name, tmp_path, monkeypatch):
     bits = [row["bits_weights"] for row in written]
     assert len(set(bits)) > 1, "bits change"
     assert whole["bits_final"]["weights"] == bits[-1] and written[-1]["bits_grads"] == 8
+    # What exports a run takes the bits of its last step from the checkpoint.
+    folder = tmp_path / "parts"
+    assert restored(folder, experiment_of(folder, "export")).last.weights == bits[-1]
     # Bits of the metrics are those that the steps were charged for.
     experiment = build(config)
     spent = np.diff([0, *(row["effective_bitops"] for row in written)])
@@ -153,6 +158,8 @@ def test_what_is_known_before(tmp_path):
     costs = experiment.cost_summary()
     assert costs["effective_bitops"] < experiment.controller.bitops < costs["highest_bitops"] == costs["static_bitops"]
     assert "budget_keeper spends " in describe(experiment)
+    known = {"schedule.name": "budget_keeper", "schedule.low": 3, "schedule.high": 8, "schedule.budget_of": "CR"}
+    assert describe_schedules(known, grads=False) == "budget_keeper 3–8 at 1 of CR"
 
 
 def test_the_parts_of_a_model_that_do_not_ask_for_it_have_none():
