@@ -46,7 +46,7 @@ from qtrain.schedules.precisions import KINDS
 from qtrain.sensitivity import FisherSettings, fisher_from_config, weight_traces
 from qtrain.sharding import check_mesh
 from qtrain.state import NOTHING, Previous, TrainState, create
-from qtrain.steering import KEY, Steering
+from qtrain.steering import Steering
 from qtrain.tables import Tables, tabulate
 from qtrain.tasks import IMAGES, Task, task_for
 from qtrain.widths import Widths
@@ -163,7 +163,7 @@ class Experiment:
 
         def precision(step: Any) -> Precision:
             found = self.precision(step)
-            return found if steering is None else steering.precision(found, {KEY: steering.controller.init({})})
+            return found if steering is None else steering.precision(found, steering.begun())
 
         # Compiled whole: a schedule's operations one by one would be a dozen programs.
         return jax.tree.map(float, jax.device_get(jax.jit(precision)(step)))

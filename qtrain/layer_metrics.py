@@ -14,11 +14,10 @@ from qtrain.optim import named_rows, oscillation_metrics, transition_metrics
 from qtrain.optim.build import TRANSITION
 from qtrain.optim.transition_metrics import with_overall
 from qtrain.precision import Precision
-from qtrain.schedules import Controller
 from qtrain.sensitivity import FisherSettings, model_fisher_trace
 from qtrain.size import size_metrics
 from qtrain.state import TrainState
-from qtrain.steering import KEY
+from qtrain.steering import Steering
 from qtrain.trees import leaf_name
 
 Array = jax.Array
@@ -52,7 +51,7 @@ def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]
         parts.append(lambda state, precision: {f"budget/{name}": state.controller[name] for name in names})
     steering = experiment.additions.steering
     if steering is not None:
-        parts.append(lambda state, precision: _decided(steering.controller, state))
+        parts.append(lambda state, precision: _decided(steering, state))
     if not parts and experiment.fisher is None:
         return None
 
@@ -119,8 +118,8 @@ def _fisher(
     return named_rows(rows, "fisher")
 
 
-def _decided(controller: Controller, state: TrainState) -> dict[str, Array]:
-    return {f"controller/{name}": value for name, value in controller.metrics(state.controller[KEY]).items()}
+def _decided(steering: Steering, state: TrainState) -> dict[str, Array]:
+    return {f"controller/{name}": value for name, value in steering.metrics(state.controller).items()}
 
 
 def _without_prefix(metrics: Mapping[str, Any]) -> dict[str, Any]:

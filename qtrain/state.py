@@ -89,7 +89,7 @@ def create(
         opt_state=optimizer.init({"params": params, "quant": quant}),
         controller={
             **additions.controller(),
-            **({} if additions.steering is None else additions.steering.begun(params)),
+            **({} if additions.steering is None else additions.steering.begun()),
         },
         bitops=cost.zero(),
         metrics=train_metrics(task.measured, len(jax.tree.leaves(params)) if layer_norms else 0).empty(),

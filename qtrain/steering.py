@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from qtrain.inject import Weight
 from qtrain.precision import Precision
@@ -29,20 +30,57 @@ class Steering:
     controller: Controller
     weights: tuple[Weight, ...]
 
-    def begun(self, params: Any) -> dict[str, Any]:
+    def begun(self) -> dict[str, Any]:
         """What goes into ``TrainState.controller`` at step 0."""
-        return {KEY: self.controller.init({weight.name: _array(weight.value(params)) for weight in self.weights})}
+        return {KEY: _packed(self.controller.init(self._shapes()))}
+
+    def state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The controller's own state, of what is in ``TrainState.controller``."""
+        return _unpacked(state[KEY], jax.eval_shape(self.controller.init, self._shapes()))
 
     def precision(self, scheduled: Precision, state: Mapping[str, Any]) -> Precision:
         """The bits of a step: the controller's, and those of `scheduled` for the kinds that it leaves."""
-        decided = self.controller.bits(state[KEY])
+        decided = self.controller.bits(self.state(state))
         pairs = {kind: (value, getattr(scheduled, kind)) for kind, value in vars(decided).items()}
         return Precision(**{kind: own if own is not None else other for kind, (own, other) in pairs.items()})
 
     def updated(self, state: Mapping[str, Any], grads: Any, **signals: Any) -> dict[str, Any]:
         """``TrainState.controller`` after a step; `grads`: of the parameters, `signals`: the rest of `Signals`."""
         shown = {weight.name: _array(weight.value(grads)) for weight in self.weights}
-        return {**state, KEY: self.controller.update(state[KEY], Signals(grads=shown, **signals))}
+        return {**state, KEY: _packed(self.controller.update(self.state(state), Signals(grads=shown, **signals)))}
+
+    def metrics(self, state: Mapping[str, Any]) -> dict[str, Array]:
+        """What the controller shows of its state."""
+        return self.controller.metrics(self.state(state))
+
+    def _shapes(self) -> dict[str, Any]:
+        return {weight.name: jax.ShapeDtypeStruct(weight.shape, "float32") for weight in self.weights}
+
+
+def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with its numbers in a vector for each dtype: each buffer that a dispatch hands on costs a microsecond."""
+    leaves = jax.tree.leaves(state)
+    numbers: dict[str, list[Array]] = {}
+    for leaf in leaves:
+        if leaf.ndim <= 1:
+            numbers.setdefault(str(leaf.dtype), []).append(jnp.atleast_1d(leaf))
+    vectors = {dtype: jnp.concatenate(parts) for dtype, parts in numbers.items()}
+    return {"numbers": vectors, "arrays": [leaf for leaf in leaves if leaf.ndim > 1]}
+
+
+def _unpacked(packed: Mapping[str, Any], template: Any) -> dict[str, Any]:
+    """The inverse of `_packed`; `template` has the shapes."""
+    leaves, structure = jax.tree.flatten(template)
+    arrays, used, found = iter(packed["arrays"]), dict.fromkeys(packed["numbers"], 0), []
+    for leaf in leaves:
+        if leaf.ndim > 1:
+            found.append(next(arrays))
+            continue
+        dtype, start = str(leaf.dtype), used[str(leaf.dtype)]
+        used[dtype] += leaf.size
+        found.append(packed["numbers"][dtype][start : start + leaf.size].reshape(leaf.shape))
+    state: dict[str, Any] = jax.tree.unflatten(structure, found)
+    return state
 
 
 def _array(leaf: Any) -> Any:
