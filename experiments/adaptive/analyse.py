@@ -152,7 +152,9 @@ def figure(found: dict[str, Means]) -> bytes:
         axes.set_ylabel(means.label)
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    drawn.legend(
+        handles, labels, loc="outside lower center", ncols=5 if len(found) > 1 else 2, fontsize=9, frameon=False
+    )
     return png(drawn)
 
 
