@@ -187,7 +187,7 @@ def make_train_step(
         averages = averages.merge(measured)
         bitops = cost.add(state.bitops, cost.bitops(ops, priced))
         if steering is not None:
-            seen = {"step": state.step, "loss": loss, "grad_norm": norms["grad_norm"], "bitops": bitops}
+            seen = {"step": state.step, "loss": loss, "grad_norm": whole["grad_norm"], "bitops": bitops}
             controller = steering.updated(controller, grads["params"], **seen)
         new_state = dataclasses.replace(
             state,
