@@ -6,6 +6,7 @@ import tempfile
 
 import jax
 import pytest
+from slow_twins import SLOW_TWINS
 
 
 def pytest_configure(config):
@@ -22,6 +23,16 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     # JAX's traces are millions of objects that live long, and by default the collector walks over all of them often.
     gc.set_threshold(100_000, 50, 100)
+
+
+@pytest.hookimpl(tryfirst=True)  # before ``-m`` deselects
+def pytest_collection_modifyitems(config, items):
+    """Mark `SLOW_TWINS`; of a whole collection one that is not there is a mistake."""
+    found = {item.nodeid.rpartition("tests/")[2]: item for item in items}
+    for name in SLOW_TWINS & set(found):
+        found[name].add_marker(pytest.mark.slow)
+    if config.args == config.getini("testpaths") and (missing := sorted(SLOW_TWINS - set(found))):
+        raise pytest.UsageError(f"tests/slow_twins.py: there are no such tests: {', '.join(missing)}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -116,7 +116,7 @@ def test_schedules(capsys):
     [
         (
             ["trian"],
-            ["unknown command 'trian'; there are train, sweep, plan, search, .*. Did you mean 'train'"],
+            ["unknown command 'trian'; there are train, sweep, plan, .*. Did you mean 'train'"],
         ),
         (["train"], ["--config is missing; give a config file: qtrain train --config"]),
         (["plan"], ["--config is missing"]),
