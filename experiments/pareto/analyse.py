@@ -142,57 +142,46 @@ def table(means: Means) -> str:
 
 
 def scatter(found: dict[str, Means], cost: Cost) -> bytes:
-    """A panel a family: quality against cost; the static frontier as a line."""
+    """A panel a family: gain over W8A8, paired by seed, against cost; the static frontier as a line."""
     figure = make_figure(11.5, 4.1 * -(-len(found) // 2) + 0.6)
     panels = figure.subplots(-(-len(found) // 2), 2, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for axes, (name, means) in zip(panels, found.items(), strict=False):
-        maximize = means.family.metric.maximize
+        sign, top = 1 if means.family.metric.maximize else -1, grid(means)[8, 8]
+        y = sign * (means.quality - means.quality[top])
+        low, high = percentiles(sign * (means.drawn_quality - means.drawn_quality[:, [top]]))
+        errors = np.maximum(np.array([y - low, high - y]), 0)
+        shown = y >= _lowest_shown(y)
         static = means.of("static")
         budgets = np.geomspace(means.cost.min(), means.cost.max() * 1.02, 400)
-        best = best_within(means.cost[static], means.quality[static], budgets, maximize=maximize)
-        (line,) = axes.plot(budgets, best, color="0.25", linewidth=1)
-        handles["static frontier"] = line
-        for i in range(len(means.points)):
-            kind = kind_of(means, i)
+        (handles["static frontier"],) = axes.plot(
+            budgets, best_within(means.cost[static], y[static], budgets), color="0.25", linewidth=1
+        )
+        for i in np.flatnonzero(shown):
+            kind = kind_of(means, int(i))
             colour, marker = KINDS[kind]
-            ends = np.abs(np.array(means.interval(i)[1:3]) - means.quality[i])[:, None]
-            drawn = axes.errorbar(
-                means.cost[i], means.quality[i], ends, fmt=marker, color=colour, markersize=5.5, elinewidth=0.8
-            )
-            handles.setdefault(kind, drawn)
-        _leave_collapsed(axes, means)
-        cost_axis(axes, list(means.cost), cost.label)
+            at = means.cost[i], y[i], errors[:, [i]]
+            handles.setdefault(kind, axes.errorbar(*at, fmt=marker, color=colour, markersize=5.5, elinewidth=0.8))
+        margin = 0.06 * np.ptp(y[shown])
+        axes.set_ylim(y[shown].min() - margin, y[shown].max() + 3 * margin)
+        if not shown.all():
+            note = f"{np.sum(~shown)} points below or left"
+            axes.annotate(note, (0.98, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color="0.3")
+        cost_axis(axes, list(means.cost[shown]), cost.label)
         axes.set_title(TITLES[name], fontsize=10)
-        axes.set_ylabel(means.label if maximize else "test loss, nats a byte")
-        if not maximize:
-            axes.invert_yaxis()
+        axes.set_ylabel("gain over W8A8, " + ("points" if sign > 0 else "nats a byte"))
         axes.grid(alpha=0.3)
+    for axes in panels[len(found) :]:
+        axes.set_axis_off()
     ordered = {kind: handles[kind] for kind in ("static frontier", *KINDS) if kind in handles}
     figure.legend(ordered.values(), ordered.keys(), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return png(figure)
 
 
-def _leave_collapsed(axes: Any, means: Means) -> None:
-    """End the axis above what is far below the rest (2 bits), which would leave no room for it; say how many."""
-    sign = 1 if means.family.metric.maximize else -1
-    values = np.sort(sign * means.quality)
-    middle = np.percentile(values, 40)
-    low = middle - 1.8 * (values[-1] - middle)
-    out = int(np.sum(values < low))
-    margin = 0.06 * (values[-1] - max(low, values[0]))
-    ends = sorted((sign * (max(low, values[0]) - margin), sign * (values[-1] + 2 * margin)))
-    axes.set_ylim(*ends)
-    if out:
-        axes.annotate(
-            f"{out} points below",
-            (0.98, 0.02),
-            xycoords="axes fraction",
-            ha="right",
-            va="bottom",
-            fontsize=8,
-            color="0.3",
-        )
+def _lowest_shown(y: np.ndarray) -> float:
+    """What is far below the rest (2 bits) would leave no room for it."""
+    middle = np.percentile(y, 40)
+    return float(middle - 1.8 * (y.max() - middle))
 
 
 def heatmaps(found: dict[str, Means]) -> bytes:
