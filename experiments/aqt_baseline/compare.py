@@ -53,7 +53,8 @@ def compare(family: str, bits: int, steps: int) -> dict[str, Any]:
     ours, theirs = experiment_of(family, "qtrain", bits), experiment_of(family, "aqt", bits)
     programs = Programs(ours, sharding.make_mesh(ours.config.mesh))
     tables, key = programs.placed(ours.tables()), programs.key(ours.config.seed)
-    states = [programs.initial_state(ours.config.seed), nudged(programs.initial_state(ours.config.seed))]
+    first, second = (programs.initial_state(ours.config.seed, tables) for _ in range(2))
+    states = [first, nudged(second)]
     evaluate = [jax.jit(loss_and_gradients(experiment, bits)) for experiment in (ours, theirs)]
     same_loss, same_gradients, apart = [], [], []
     with ours.train_batches() as rows:
@@ -96,8 +97,14 @@ def loss_and_gradients(experiment: Experiment, bits: int) -> Any:
 
     def loss(params: Any, variables: Any, batch: Any) -> jax.Array:
         rngs = {"dropout": jax.random.key(0), "quant": jax.random.key(0)}
-        outputs = experiment.qmodel.apply(
-            {**variables, "params": params}, experiment.task.inputs(batch), train=True, bits=precision, rngs=rngs
+        statistics = [name for name in variables if name not in ("params", "quant")]  # of norms: made and dropped
+        outputs, _ = experiment.qmodel.apply(
+            {**variables, "params": params},
+            experiment.task.inputs(batch),
+            train=True,
+            bits=precision,
+            rngs=rngs,
+            mutable=statistics,
         )
         return experiment.task.loss(outputs, batch)
 
