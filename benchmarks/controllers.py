@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 from qtrain import data
+from qtrain.build import build
 from qtrain.config import base_config, finish
-from qtrain.experiment import build
 from qtrain.programs import Programs
 from qtrain.sharding import make_mesh
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtrain import overrides
-from qtrain.experiment import build
+from qtrain.build import build
 from qtrain.state import create, make_train_step
 
 ROOT = Path(__file__).parents[1]

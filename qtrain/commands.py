@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from absl import flags
 
@@ -34,22 +33,14 @@ def train(arguments: list[str]) -> int:
     if os.path.exists(values.workdir) and not os.path.isdir(values.workdir):
         raise UsageError(f"--workdir {values.workdir!r} is a file; give a folder")
 
-    from qtrain import main, processes
-    from qtrain.drive import Preempted
-    from qtrain.train import Diverged, print_summary
+    from qtrain import processes
+    from qtrain.train import print_summary
     from qtrain.train import train as run
 
     processes.initialize(values.coordinator, values.processes, values.process, detect=values.distributed)
-    try:
-        summary = run(config, values.workdir, quiet=values.quiet, profile=values.profile)
-        if processes.first():
-            print_summary(summary)
-    except Diverged as error:
-        print(f"qtrain: {error}", file=sys.stderr)
-        return main.DIVERGED
-    except Preempted as stop:
-        print(f"qtrain: {stop}", file=sys.stderr)
-        return main.PREEMPTED
+    summary = run(config, values.workdir, quiet=values.quiet, profile=values.profile)
+    if processes.first():
+        print_summary(summary)
     return 0
 
 
@@ -61,7 +52,8 @@ def plan(arguments: list[str]) -> int:
         return 0
     config = overrides.parse("plan", values, arguments)
 
-    from qtrain.experiment import build, describe
+    from qtrain.build import build
+    from qtrain.experiment import describe
 
     experiment = build(config)
     if values.json:

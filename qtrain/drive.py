@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from qtrain import processes, workdir
+from qtrain.errors import Preempted
 from qtrain.programs import Programs
 
 if TYPE_CHECKING:
-    from qtrain.train import _Run
-
-
-class Preempted(Exception):
-    """SIGTERM, to any of the processes: the state was saved, the run can be resumed."""
+    from qtrain.train import Run
 
 
 class Interleaved:
@@ -28,23 +25,23 @@ class Interleaved:
         several = jax.process_count() > 1
         self._asks = {value: processes.flag(value, self._mesh) for value in (False, True)} if several else None
 
-    def __call__(self, runs: Sequence[_Run], batch: Any, stop: bool) -> Iterator[tuple[_Run, Mapping[str, Any]]]:
+    def __call__(self, runs: Sequence[Run], batch: Any, stop: bool) -> Iterator[tuple[Run, Mapping[str, Any]]]:
         """Take a step of each of `runs`, and give it with what the step leaves; `stop`: this process is asked to."""
         asks = () if self._asks is None else (self._asks[stop],)
         for run in runs:
             run.state, out = self._step(run.state, batch, run.key, run.tables, *asks)
             yield run, out
 
-    def settle(self, run: _Run) -> None:
+    def settle(self, run: Run) -> None:
         """Bring ``run.state`` up to date."""
 
 
 def drive(
-    runs: Sequence[_Run],
+    runs: Sequence[Run],
     dispatch: Any,
     stopped: threading.Event,
-    failed: Callable[[_Run, Exception], None] | None = None,
-    ended: Callable[[_Run, dict[str, Any]], None] = lambda run, summary: None,
+    failed: Callable[[Run, Exception], None] | None = None,
+    ended: Callable[[Run, dict[str, Any]], None] = lambda run, summary: None,
     progress: Callable[[int, int], Any] = lambda step, active: None,
 ) -> list[dict[str, Any]]:
     """Take the steps of runs that read the same batches, from where each of them is to the end.
@@ -67,7 +64,7 @@ def drive(
     step = min(run.start for run in runs)
     active = list(runs)
 
-    def each(of: Sequence[_Run], work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def each(of: Sequence[Run], work: Callable[..., Any], *arguments: Any) -> list[Any]:
         found = []
         for run in of:
             try:
@@ -81,17 +78,17 @@ def drive(
                     run.close()
         return found
 
-    def before(run: _Run, step: int, stop: bool) -> None:
+    def before(run: Run, step: int, stop: bool) -> None:
         if stop or run.due(step):
             dispatch.settle(run)
         run.before(step, stop)
 
-    def after(run: _Run, step: int, out: Mapping[str, Any]) -> None:
+    def after(run: Run, step: int, out: Mapping[str, Any]) -> None:
         if run.measured(step):
             dispatch.settle(run)
         run.after(step, out)
 
-    def finish(run: _Run) -> dict[str, Any]:
+    def finish(run: Run) -> dict[str, Any]:
         dispatch.settle(run)
         summary = run.end()
         run.close()

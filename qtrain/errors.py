@@ -1,4 +1,4 @@
-"""The one exception a user's mistake raises, and the help its message carries."""
+"""The exception a user's mistake raises, and the help its message carries; how else a run may end."""
 
 from __future__ import annotations
 
@@ -12,6 +12,14 @@ class UsageError(ValueError):
     The message is one line: the key, the value, what is allowed, the nearest name, what to do. The command line prints
     it without a traceback and exits with 2; as a library it is an ordinary ``ValueError``.
     """
+
+
+class Diverged(Exception):
+    """The loss or its gradient is not finite."""
+
+
+class Preempted(Exception):
+    """SIGTERM, to any of the processes: the state was saved, the run can be resumed."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

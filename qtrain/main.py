@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from qtrain.errors import UsageError, did_you_mean
+from qtrain.errors import Diverged, Preempted, UsageError, did_you_mean
 
 USAGE_ERROR, DIVERGED, PREEMPTED, INTERRUPTED = 2, 1, 75, 130
 """Exit codes: a mistake in what was asked; a loss that is not finite; stopped by SIGTERM, to be resumed; by Ctrl-C."""
@@ -134,6 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"qtrain: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
+    except (Diverged, Preempted) as end:
+        print(f"qtrain: {end}", file=sys.stderr)
+        return DIVERGED if isinstance(end, Diverged) else PREEMPTED
     except KeyboardInterrupt:
         print(f"qtrain: {name} interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -11,8 +11,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from qtrain import manifest, processes, sharding, workdir
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import Experiment, build
+from qtrain.experiment import Experiment
 from qtrain.init_from import load_float
 from qtrain.reestimate import check_reestimation
 

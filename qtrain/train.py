@@ -21,6 +21,7 @@ from qtrain import cost, data, processes, sharding, workdir
 from qtrain.checkpoint import Checkpoints
 from qtrain.config import check_keys
 from qtrain.drive import Interleaved, drive
+from qtrain.errors import Diverged
 from qtrain.experiment import Experiment, describe
 from qtrain.metrics import norm_rows
 from qtrain.programs import Programs
@@ -33,10 +34,6 @@ from qtrain.writers import MetricsWriter
 
 PROFILED_STEPS = (10, 20)
 """The steps of a process that ``--profile`` records: after compilation, before anything grows large."""
-
-
-class Diverged(Exception):
-    """The loss or its gradient is not finite."""
 
 
 def train(
@@ -80,10 +77,10 @@ def train(
         quiet = quiet or not processes.first()
         if not quiet:
             print(describe(experiment), flush=True)
-        return _Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
+        return Run(experiment, Path(folder), mesh, status == "resume", quiet, profile, loaded)(stopped)
 
 
-class _Run:
+class Run:
     """One run in its folder: its state, rows, evaluations, checkpoints and summary; the steps are taken by `drive`."""
 
     def __init__(
@@ -127,9 +124,10 @@ class _Run:
         self.asked = False  # whether some process was asked to stop, known to all at the same step
 
     def __call__(self, stopped: threading.Event) -> dict[str, Any]:
+        """Train to the end, by itself; the summary."""
         return drive([self], Interleaved(self.programs), stopped)[0]
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> Run:
         with ExitStack() as entered:
             for part in (self.checkpoints, self.writer, self.progress):
                 entered.enter_context(part)

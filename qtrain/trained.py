@@ -10,9 +10,10 @@ import jax
 from ml_collections import ConfigDict
 
 from qtrain import workdir as workdirs
+from qtrain.build import build
 from qtrain.checkpoint import restore
 from qtrain.errors import UsageError
-from qtrain.experiment import Experiment, build
+from qtrain.experiment import Experiment
 from qtrain.manifest import folders
 from qtrain.precision import Precision
 

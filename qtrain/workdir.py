@@ -16,6 +16,8 @@ from typing import Any, Literal
 from qtrain.errors import UsageError
 
 CONFIG, SUMMARY, DONE = "config.json", "summary.json", "DONE"
+SWEEP, ERRORS = "sweep.json", "errors.json"
+"""Of the folder of a sweep, which has runs in it: its points, and the errors of those that failed."""
 PACKAGES = ("qtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 LAYOUT = "mesh"
 """The section of a config that says how arrays lie on devices, with which a run may be resumed otherwise."""

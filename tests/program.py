@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 
 from qtrain import data
+from qtrain.build import build
 from qtrain.checkpoint import restore
 from qtrain.config import base_config, finish
-from qtrain.experiment import build
 from qtrain.state import make_train_step
 
 ROOT = Path(__file__).parent.parent

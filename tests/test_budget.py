@@ -7,8 +7,8 @@ import pytest
 from program import Steps, rows, small_config
 
 from qtrain import cost
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.losses.budget import budget_from_config, initial_controller
 from qtrain.precision import Precision
 from qtrain.train import train

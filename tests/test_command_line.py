@@ -32,7 +32,7 @@ def fails(tmp_path, capsys, monkeypatch):
 
     # The first of these evaluates the schedule, the second compiles the model.
     monkeypatch.setattr("qtrain.train.describe", too_late)
-    monkeypatch.setattr("qtrain.train._Run", too_late)
+    monkeypatch.setattr("qtrain.train.Run", too_late)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no_data"))
 
     def check(arguments, *patterns):
@@ -371,7 +371,7 @@ def test_a_workdir_of_another_run(fails, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     # A run that was started and killed: its folder is all that the next command sees.
     with monkeypatch.context() as patch:
-        patch.setattr("qtrain.train._Run", lambda *_: lambda *_: {"steps": 0})
+        patch.setattr("qtrain.train.Run", lambda *_: lambda *_: {"steps": 0})
         assert main.main(["train", "--config", f"{MLP}:smoke", "--workdir", str(run), "--quiet"]) == 0
     assert os.listdir(run) == ["config.json"]
     capsys.readouterr()

@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from program import CONFIGS, Steps, final_state, initial_state, rows
 
 from qtrain import overrides
+from qtrain.build import build
 from qtrain.config import TASKS, base_config, finish
 from qtrain.data.graph_sets import CORA
 from qtrain.errors import UsageError
-from qtrain.experiment import build, describe
+from qtrain.experiment import describe
 from qtrain.train import train
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,12 +8,13 @@ import pytest
 from program import final_state, rows, small_config, summary
 
 from qtrain import Precision, main
+from qtrain.build import build
 from qtrain.cost import bitops
 from qtrain.drive import Preempted
 from qtrain.errors import UsageError
-from qtrain.experiment import build, describe
+from qtrain.experiment import describe
 from qtrain.report.labels import describe_schedules
-from qtrain.train import _Run, train
+from qtrain.train import Run, train
 from qtrain.trained import experiment_of, restored
 
 SMALL = {"train__steps": 12, "train__log_every_steps": 1, "checkpoint__every_steps": 6}
@@ -44,16 +45,16 @@ def config_of(name, **more):
 
 def stopping_at(step, monkeypatch):
     """A SIGTERM before `step`."""
-    before = _Run.before
+    before = Run.before
 
     def stopped(run, at, stop):
         if at == step:
-            monkeypatch.setattr(_Run, "before", before)
+            monkeypatch.setattr(Run, "before", before)
             before(run, at, True)
             raise Preempted("stopped")
         before(run, at, stop)
 
-    monkeypatch.setattr(_Run, "before", stopped)
+    monkeypatch.setattr(Run, "before", stopped)
 
 
 @pytest.mark.parametrize(

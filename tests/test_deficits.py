@@ -6,10 +6,10 @@ import pytest
 from program import Steps, final_state, rows, small_config
 
 from qtrain import data
+from qtrain.build import build
 from qtrain.config import base_config
 from qtrain.deficits import blur, deficit_from_config
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.metrics import norm_rows
 from qtrain.sweep.expand import expand
 from qtrain.sweep.sharing import differing

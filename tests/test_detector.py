@@ -11,8 +11,8 @@ from program import CONFIGS, Steps, rows
 
 import qtrain
 from qtrain import cost, models, overrides
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.export.command import export_run
 from qtrain.inject import Rule
 from qtrain.models.detector import Detector

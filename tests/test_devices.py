@@ -48,7 +48,7 @@ def share(state):
     leaves = jax.tree.leaves((state.params, state.opt_state))
     return sum(leaf.addressable_shards[0].data.size for leaf in leaves) / sum(leaf.size for leaf in leaves)
 
-class Run(qtrain.train._Run):
+class Run(qtrain.train.Run):
     def __call__(self, stopped):
         shares = [share(self.state)]
         summary = super().__call__(stopped)
@@ -57,7 +57,7 @@ class Run(qtrain.train._Run):
         assert all(1 / parts <= each < 1 / parts + 0.05 for each in shares), shares
         return summary
 
-qtrain.train._Run = Run
+qtrain.train.Run = Run
 folder, configs = sys.argv[1], json.loads(sys.argv[2])
 for name, overrides in configs.items():
     summary = qtrain.train.train(small_config(train__log_every_steps=1, **overrides), f"{folder}/{name}", quiet=True)

@@ -12,8 +12,8 @@ from program import small_config
 
 import qtrain
 from qtrain import Precision, Rule, export
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.metrics import cross_entropy
 from qtrain.quantizers import EWGS, LSQ, TRS, DoReFa, Float, LearnedWidth, Nested, Uniform
 from qtrain.state import make_eval_step

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from qtrain import Precision, data, export, main
+from qtrain.build import build
 from qtrain.errors import UsageError
 from qtrain.evaluate import Evaluator
-from qtrain.experiment import build
 from qtrain.export import file
 from qtrain.export.command import export_run
 from qtrain.sharding import make_mesh

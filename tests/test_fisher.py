@@ -8,8 +8,8 @@ import pytest
 from program import final_state, rows, small_config
 
 from qtrain import Precision, Rule, quantize
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.sensitivity import fisher_trace, model_fisher_trace
 from qtrain.tasks import NODES
 from qtrain.train import train

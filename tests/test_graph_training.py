@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qtrain.build import build
 from qtrain.config import base_config, finish
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.state import make_train_step
 from qtrain.train import train
 

@@ -10,9 +10,9 @@ import pytest
 from program import final_state, initial_state, small_config
 
 from qtrain import sharding
+from qtrain.build import build
 from qtrain.checkpoint import Checkpoints
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.init_from import load_float
 from qtrain.train import train
 

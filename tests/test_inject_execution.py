@@ -11,8 +11,9 @@ import pytest
 from inject_models import MLP, Block, ConvNet, Scanned, Stack, normal, random_variables, vmapped
 from program import small_config
 
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import build, describe
+from qtrain.experiment import describe
 from qtrain.inject import Rule, quantize
 from qtrain.inject.execution import Choice, choose
 from qtrain.inject.rules import EXECUTIONS

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from program import Steps, final_state, rows, small_config
 
+from qtrain.build import build
 from qtrain.checkpoint import Checkpoints
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.losses import LOSSES, SCHEDULES, dampening, penalty_from_config
 from qtrain.optim import TransitionState
 from qtrain.optim.transition_metrics import find_states

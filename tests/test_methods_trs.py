@@ -8,8 +8,8 @@ import pytest
 from program import CONFIGS, Steps, small_config
 
 from qtrain import overrides, quantize
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.methods.trs import trs_rules
 from qtrain.models import CNN
 from qtrain.optim import transition_metrics

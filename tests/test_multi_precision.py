@@ -12,9 +12,9 @@ from program import Steps, final_state, rows, small_config
 import qtrain
 import qtrain.train
 from qtrain import data
+from qtrain.build import build
 from qtrain.data import fingerprint
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.methods.alrs import alrs_rate, mean_clipped_gradient
 from qtrain.methods.distillation import distillation
 from qtrain.methods.multi_precision import multi_precision_rules
@@ -227,7 +227,7 @@ def test_resumes_within_a_round_bit_for_bit(tmp_path, monkeypatch):
     }
     config = config_of(**options)
     whole = train(config, str(tmp_path / "whole"), quiet=True)
-    real, calls = qtrain.train._Run._next, []
+    real, calls = qtrain.train.Run._next, []
 
     def interrupted(self, batches):
         calls.append(1)
@@ -237,7 +237,7 @@ def test_resumes_within_a_round_bit_for_bit(tmp_path, monkeypatch):
         return real(self, batches)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(qtrain.train._Run, "_next", interrupted)
+        patch.setattr(qtrain.train.Run, "_next", interrupted)
         train(config, str(tmp_path / "again"), quiet=True)
     again = train(config, str(tmp_path / "again"), quiet=True)
     assert {**whole, "wall_seconds": 0} == {**again, "wall_seconds": 0} and whole["compilations"] == 1

@@ -37,16 +37,16 @@ def get_config():
 PROGRAM = """
 import os, signal, sys
 from qtrain import main
-from qtrain.train import _Run
+from qtrain.train import Run
 
 number, *arguments = sys.argv[1:]
-real, taken = _Run._next, [0]
+real, taken = Run._next, [0]
 def take(*args):
     taken[0] += 1
     if taken[0] == int(number):
         os.kill(os.getpid(), signal.SIGTERM)
     return real(*args)
-_Run._next = take
+Run._next = take
 sys.exit(main.main(arguments))
 """
 

@@ -7,8 +7,8 @@ import pytest
 from program import MLP, rows, small_config
 
 from qtrain import main, schedules
+from qtrain.build import build
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.range_test.command import table
 from qtrain.range_test.run import range_test, staircase
 from qtrain.schedules import lowest_that_trains

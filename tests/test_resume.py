@@ -41,7 +41,7 @@ import os, signal, sys, time
 import qtrain.train
 from qtrain import main, manifest, workdir
 from qtrain.checkpoint import Checkpoints
-from qtrain.train import _Run
+from qtrain.train import Run
 
 def send(name):
     os.kill(os.getpid(), getattr(signal, name))
@@ -67,28 +67,28 @@ moment, *arguments = sys.argv[1:]
 what, _, rest = moment.partition(" ")
 if what == "batch":  # batch N SIGNAL...: when the Nth batch of this process is taken
     number, *signals = rest.split()
-    patch(_Run, "_next", int(number), signals)
+    patch(Run, "_next", int(number), signals)
 elif what == "initial":
-    patch(_Run, "_initial_state", 1, [rest])
+    patch(Run, "_initial_state", 1, [rest])
 elif what == "unsealed":  # a checkpoint's arrays are written, its manifest is not
     patch(manifest, "seal", int(rest), ["SIGKILL"])
 elif what == "published":
     patch(Checkpoints, "_finish", int(rest), ["SIGKILL"], after=True)
 elif what == "saving":  # SIGTERM, and again while its checkpoint is saved
-    patch(_Run, "_next", int(rest), ["SIGTERM"])
+    patch(Run, "_next", int(rest), ["SIGTERM"])
     patch(Checkpoints, "save", lambda self, step, *_: step == int(rest), ["SIGTERM", "SIGTERM"])
 elif what == "evaluating":
-    patch(_Run, "_evaluate", int(rest.split()[0]), rest.split()[1:])
+    patch(Run, "_evaluate", int(rest.split()[0]), rest.split()[1:])
 elif what == "unfinished":
     patch(workdir, "finish", 1, ["SIGKILL"])
 elif what == "summarized":
     patch(workdir, "write_json", lambda path, _: path.name == "summary.json", ["SIGKILL"], after=True)
 elif what == "slow":
-    real = _Run._next
+    real = Run._next
     def slowly(*args):
         time.sleep(0.1)
         return real(*args)
-    _Run._next = slowly
+    Run._next = slowly
 else:
     assert what == "never", what
 sys.exit(main.main(arguments))

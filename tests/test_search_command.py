@@ -9,10 +9,10 @@ import pytest
 from program import final_state, small_config, snapshot
 
 from qtrain import Precision, cost, main
+from qtrain.build import build
 from qtrain.config import base_config, finish
 from qtrain.errors import UsageError
 from qtrain.evaluate import Evaluator
-from qtrain.experiment import build
 from qtrain.search.run import search_run
 from qtrain.sharding import make_mesh
 from qtrain.train import train

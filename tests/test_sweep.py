@@ -18,7 +18,7 @@ from qtrain.sweep.command import _about_the_config
 from qtrain.sweep.expand import expand, selected
 from qtrain.sweep.folder import ERRORS, MANIFEST
 from qtrain.sweep.sharing import differing
-from qtrain.train import _Run, train
+from qtrain.train import Run, train
 
 FILE = """
 from program import small_config
@@ -237,7 +237,7 @@ def test_points_in_one_program_equal_runs_of_their_own(share, tolerance, separat
 
 def stopped_at(number, monkeypatch):
     """SIGTERM when that batch is taken, for once."""
-    real, taken = _Run._next, [0]
+    real, taken = Run._next, [0]
 
     def take(*args):
         taken[0] += 1
@@ -245,7 +245,7 @@ def stopped_at(number, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(_Run, "_next", take)
+    monkeypatch.setattr(Run, "_next", take)
 
 
 def test_a_stopped_sweep_continues(separate, tmp_path, monkeypatch, capsys):

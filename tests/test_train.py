@@ -14,15 +14,15 @@ import pytest
 from program import CONFIGS, SCHEDULES, Steps, final_state, rows, small_config, snapshot
 
 from qtrain import cost, main, overrides, workdir
+from qtrain.build import build
 from qtrain.config import base_config, finish
 from qtrain.data import ImageArrays, digits
 from qtrain.errors import UsageError
-from qtrain.experiment import build
 from qtrain.precision import Precision
 from qtrain.quantizers import native
 from qtrain.start import as_started
 from qtrain.state import make_train_step
-from qtrain.train import Diverged, _Run, train
+from qtrain.train import Diverged, Run, train
 
 
 @pytest.fixture(scope="module")
@@ -464,9 +464,9 @@ def test_a_resumed_run_computes_as_it_was_started(tmp_path, monkeypatch, capsys)
     folder, whole = tmp_path / "run", tmp_path / "whole"
     summary = train(config, str(whole), quiet=True)
     assert summary["compilations"] == 1
-    batches, taken = _Run._next, iter([False, False, False])
+    batches, taken = Run._next, iter([False, False, False])
     with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(_Run, "_next", lambda *args: next(taken) or batches(*args))
+        patch.setattr(Run, "_next", lambda *args: next(taken) or batches(*args))
         train(config, str(folder), quiet=True)
     monkeypatch.setattr(native, "slower", slow_throughout)
     resumed = train(config, str(folder))

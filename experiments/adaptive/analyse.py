@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from experiments import reading
-from experiments.reading import BITOPS, family_of, means_of, provenance, show
-from qtrain.report import Run, read_rows
+from experiments.reading import BITOPS, above_line, by_family, difference, family_of, means_of, provenance, show
 from qtrain.report.drawing import COLOURS, make_figure, png
 from qtrain.report.frontiers import Means, gains
 from qtrain.report.points import Point
-from qtrain.statistics import Interval, best_within, percentiles
+from qtrain.statistics import best_within
 
 HERE = Path(__file__).parent
 TITLES = reading.TITLES | {"digits_cnn": "small CNN, digits", "digits_mlp": "small MLP, digits"}
@@ -26,23 +25,12 @@ FIXED = "fixed"
 
 def main() -> None:
     """Print and draw."""
-    runs = by_family(HERE / "results.jsonl")
+    runs = by_family(HERE / "results.jsonl", TITLES)
     found = {name: grouped(means_of(family_of(mine), BITOPS)) for name, mine in runs.items()}
     print(provenance([run for mine in runs.values() for run in mine]), end="\n\n")
     for name, means in found.items():
         print(f"### {TITLES[name]}\n\n{against_fixed(means)}\n\n{ablation(means)}\n")
     (HERE / "adaptive.png").write_bytes(figure(found))
-
-
-def by_family(path: Path) -> dict[str, list[Run]]:
-    """The runs of a file of rows by what follows the colon of their config."""
-    notes: list[str] = []
-    found: dict[str, list[Run]] = {}
-    for run in read_rows(path, notes):
-        assert run.origin is not None
-        found.setdefault(run.origin["source"].rpartition(":")[2], []).append(run)
-    assert not notes, notes
-    return {name: found[name] for name in TITLES if name in found}
 
 
 def grouped(means: Means) -> Means:
@@ -76,25 +64,11 @@ def against_fixed(means: Means) -> str:
     return "\n".join(lines)
 
 
-def above_line(means: Means, index: int) -> Interval:
-    """What a point gains over the line between the static widths next to it in cost."""
-    static = [i for i, point in enumerate(means.points) if point.config["schedule.name"] == "constant"]
-    order = sorted(static, key=lambda i: means.cost[i])
-    sign = 1 if means.family.metric.maximize else -1
-
-    def above(quality: np.ndarray) -> float:
-        return float(sign * (quality[index] - np.interp(means.cost[index], means.cost[order], quality[order])))
-
-    drawn = np.array([above(quality) for quality in means.drawn_quality])
-    return Interval(above(means.quality), *percentiles(drawn), int(means.seeds.min()))
-
-
 def ablation(means: Means) -> str:
     """Is it the signal or the budget: each signal against none, at the same budget, seed by seed."""
     keepers = [(i, p) for i, p in enumerate(means.points) if p.group == "budget_keeper"]
     budgets = sorted({budget(point) for _, point in keepers})
     signals = sorted({signal(point) for _, point in keepers} - {"none"})
-    sign = 1 if means.family.metric.maximize else -1
     lines = [
         "| signal, minus none at the same budget | " + " | ".join(map(str, budgets)) + " |",
         "|---" * (len(budgets) + 1) + "|",
@@ -106,10 +80,7 @@ def ablation(means: Means) -> str:
             if name not in at or "none" not in at:
                 cells.append("")
                 continue
-            one, other = at[name], at["none"]
-            drawn = sign * (means.drawn_quality[:, one] - means.drawn_quality[:, other])
-            estimate = float(sign * (means.quality[one] - means.quality[other]))
-            cells.append(show(Interval(estimate, *percentiles(drawn), int(means.seeds[one])), 2, "+"))
+            cells.append(show(difference(means, [at[name]], [at["none"]]), 2, "+"))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -25,7 +25,8 @@ import numpy as np
 from arms import FAMILIES, STATIC
 
 from qtrain import sharding
-from qtrain.experiment import Experiment, build
+from qtrain.build import build
+from qtrain.experiment import Experiment
 from qtrain.programs import Programs
 from qtrain.workdir import package_versions
 

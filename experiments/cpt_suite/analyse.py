@@ -10,7 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reading import BITOPS, TITLES, by_family, family_of, means_of, provenance, show
+from experiments.reading import (
+    BITOPS,
+    TITLES,
+    above_line,
+    by_family,
+    difference,
+    family_of,
+    means_of,
+    provenance,
+    show,
+    unit,
+)
 from qtrain.report.drawing import COLOURS, make_figure, png
 from qtrain.report.frontiers import Means, gains
 from qtrain.statistics import Interval, best_within, percentiles, rank_correlation
@@ -54,9 +65,9 @@ def table(means: Means) -> str:
     """A line a point, the cheapest first."""
     over = gains(means, "scheduled", "static")
     top = static_at_most(means)
-    digits, unit = _digits(means)
+    digits, measure = unit(means)
     lines = [
-        f"| bits | group | saving | {unit} | above the best static within its cost | above the line between static "
+        f"| bits | group | saving | {measure} | above the best static within its cost | above the line between static "
         "widths | evaluated in float |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -73,19 +84,6 @@ def table(means: Means) -> str:
     return "\n".join(lines)
 
 
-def above_line(means: Means, index: int) -> Interval:
-    """What a point gains over the line between the static widths next to it in cost."""
-    static = means.of("static")
-    order = static[np.argsort(means.cost[static])]
-    sign = 1 if means.family.metric.maximize else -1
-
-    def above(quality: np.ndarray) -> float:
-        return float(sign * (quality[index] - np.interp(means.cost[index], means.cost[order], quality[order])))
-
-    drawn = np.array([above(quality) for quality in means.drawn_quality])
-    return Interval(above(means.quality), *percentiles(drawn), int(means.seeds.min()))
-
-
 def summary(found: dict[str, Means], in_float: dict[str, Means]) -> str:
     """A line a family: rank correlations, groups, points above the static frontier; the same evaluated in float."""
     lines = [
@@ -95,19 +93,19 @@ def summary(found: dict[str, Means], in_float: dict[str, Means]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, means in found.items():
-        digits, unit = _digits(means)
+        digits, measure = unit(means)
         scheduled = means.of("scheduled")
         sign = 1 if means.family.metric.maximize else -1
         rank = rank_correlation(means.cost[scheduled], sign * means.quality[scheduled])
         levels = {group: _group(means, group) for group in GROUPS}
-        difference = _difference(means, "small_saving", "large_saving")
+        small_over_large = difference(means, _members(means, "small_saving"), _members(means, "large_saving"))
         over = gains(means, "scheduled", "static").values()
         above, below = sum(gain.low > 0 for gain in over), sum(gain.high < 0 for gain in over)
         line = [above_line(means, i) for i in scheduled.tolist()]
         also = [above_line(in_float[name], i) for i in in_float[name].of("scheduled").tolist()]
         shown = " / ".join(f"{interval.estimate:.{digits}f}" for interval in levels.values())
         lines.append(
-            f"| {TITLES[name]} | {unit} | {show(rank)} | {shown} | {show(difference, digits, '+')} "
+            f"| {TITLES[name]} | {measure} | {show(rank)} | {shown} | {show(small_over_large, digits, '+')} "
             f"| {above} of {len(over)} | {below} of {len(over)} "
             f"| {sum(gain.low > 0 for gain in line)} of {len(line)} "
             f"| {sum(gain.high < 0 for gain in line)} of {len(line)} "
@@ -115,10 +113,6 @@ def summary(found: dict[str, Means], in_float: dict[str, Means]) -> str:
             f"| {sum(gain.high < 0 for gain in also)} of {len(also)} |"
         )
     return "\n".join(lines)
-
-
-def _digits(means: Means) -> tuple[int, str]:
-    return (2, "test accuracy, %") if means.family.metric.maximize else (3, "test loss, nats a byte")
 
 
 def _members(means: Means, group: str) -> list[int]:
@@ -132,15 +126,6 @@ def _group(means: Means, group: str) -> Interval:
         *percentiles(means.drawn_quality[:, mine].mean(1)),
         int(means.seeds[mine].min()),
     )
-
-
-def _difference(means: Means, a: str, b: str) -> Interval:
-    """How much better group `a` is than `b`; for a loss, lower."""
-    sign = 1 if means.family.metric.maximize else -1
-    one, other = _members(means, a), _members(means, b)
-    drawn = sign * (means.drawn_quality[:, one].mean(1) - means.drawn_quality[:, other].mean(1))
-    estimate = sign * (means.quality[one].mean() - means.quality[other].mean())
-    return Interval(float(estimate), *percentiles(drawn), int(means.seeds.min()))
 
 
 def figure(found: dict[str, Means]) -> bytes:

@@ -32,8 +32,8 @@ from absl import flags
 from arms import Arm
 
 from qtrain import data, export, overrides, sharding
+from qtrain.build import build
 from qtrain.evaluate import Evaluator
-from qtrain.experiment import build
 from qtrain.size import size_summary
 from qtrain.state import create, make_train_step, several_steps
 

@@ -10,11 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from experiments.reading import BITOPS, BYTES, LINEAR, TITLES, by_family, family_of, means_of, provenance, show
+from experiments.reading import (
+    BITOPS,
+    BYTES,
+    LINEAR,
+    TITLES,
+    by_family,
+    difference,
+    family_of,
+    means_of,
+    provenance,
+    show,
+    unit,
+)
 from qtrain.report.drawing import COLOURS, cost_axis, make_figure, png
 from qtrain.report.frontiers import Means, gains
 from qtrain.report.quality import Cost
-from qtrain.statistics import Interval, best_within, percentiles
+from qtrain.statistics import best_within, percentiles
 
 HERE = Path(__file__).parent
 KINDS = {  # how a point is marked
@@ -95,9 +107,9 @@ def spending(found: dict[str, Means]) -> str:
             ((8, 8), (8, 2)),
             ((8, 8), (2, 8)),
         ]
-        digits, unit = _digits(means)
-        cells = [show(_difference(means, at[a], at[b]), digits, "+") for a, b in pairs]
-        lines.append(f"| {TITLES[name]} | {unit} | {' | '.join(cells)} |")
+        digits, measure = unit(means)
+        cells = [show(difference(means, [at[a]], [at[b]]), digits, "+") for a, b in pairs]
+        lines.append(f"| {TITLES[name]} | {measure} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -111,7 +123,7 @@ def frontier_summary(runs: dict[str, Any]) -> str:
         for cost in (BITOPS, LINEAR, BYTES):
             means = means_of(family_of(mine), cost)
             over = gains(means, "scheduled", "static")
-            digits, _ = _digits(means)
+            digits, _ = unit(means)
             best = max(over, key=lambda i: over[i].estimate)
             lines.append(
                 f"| {TITLES[name]} | {cost.short} | {len(over)} | {sum(gain.low > 0 for gain in over.values())} "
@@ -125,10 +137,10 @@ def table(means: Means) -> str:
     """A line a point, the cheapest first."""
     over = gains(means, "scheduled", "static")
     front = set(means.front().tolist())
-    digits, unit = _digits(means)
+    digits, measure = unit(means)
     top = means.cost[grid(means)[8, 8]]
     lines = [
-        f"| bits | kind | BitOps, W8A8 = 1 | {unit} | above the best static within its cost | frontier |",
+        f"| bits | kind | BitOps, W8A8 = 1 | {measure} | above the best static within its cost | frontier |",
         "|---|---|---|---|---|---|",
     ]
     for i in np.argsort(means.cost).tolist():
@@ -208,17 +220,6 @@ def _outlined() -> list[Any]:
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=2, foreground="black")]
-
-
-def _digits(means: Means) -> tuple[int, str]:
-    return (2, "test accuracy, %") if means.family.metric.maximize else (3, "test loss, nats a byte")
-
-
-def _difference(means: Means, a: int, b: int) -> Interval:
-    """How much better point `a` is than `b`; for a loss, lower."""
-    sign = 1 if means.family.metric.maximize else -1
-    drawn = sign * (means.drawn_quality[:, a] - means.drawn_quality[:, b])
-    return Interval(float(sign * (means.quality[a] - means.quality[b])), *percentiles(drawn), int(means.seeds.min()))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from absl import flags
 from arms import Arm
 
 from qtrain import data, overrides, sharding
+from qtrain.build import build
 from qtrain.evaluate import Evaluator
-from qtrain.experiment import Experiment, build
+from qtrain.experiment import Experiment
 from qtrain.init_from import load_float
 from qtrain.optim import transition_metrics
 from qtrain.state import create, make_train_step

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,25 +41,15 @@ def run(arguments: list[str]) -> int:
     if os.path.exists(values.workdir) and not os.path.isdir(values.workdir):
         raise UsageError(f"--workdir {values.workdir!r} is a file; give a folder")
 
-    from qtrain import main
-    from qtrain.drive import Preempted
     from qtrain.range_test.picture import draw
     from qtrain.range_test.run import range_test
-    from qtrain.train import Diverged
     from qtrain.workdir import replace_file, write_json
     from qtrain.writers import read_metrics
 
     asked: dict[str, Any] = {
         name: values[name].value for name in ("first", "last", "steps", "average", "threshold", "quiet")
     }
-    try:
-        found = range_test(config, values.workdir, **asked)
-    except Diverged as error:
-        print(f"qtrain: {error}", file=sys.stderr)
-        return main.DIVERGED
-    except Preempted as stop:
-        print(f"qtrain: {stop}", file=sys.stderr)
-        return main.PREEMPTED
+    found = range_test(config, values.workdir, **asked)
     folder = Path(values.workdir)
     picture = draw(found, read_metrics(folder, "train"))
     write_json(folder / JSON, found)

@@ -30,7 +30,8 @@ def range_test(
 
     Weights and activations are at `first` bits for `steps` steps, then a bit more, and so on up to `last`; gradients
     keep their highest bits. It is one run of ``qtrain train`` under a piecewise schedule, at the config's initial
-    learning rate without warmup and decay, by one compiled step; a run that was stopped goes on where it was.
+    learning rate without warmup and decay, and without a deficit, by one compiled step; a run that was stopped goes on
+    where it was.
 
     Args:
       config: the config whose bounds are asked for.
@@ -48,7 +49,7 @@ def range_test(
     Raises:
       UsageError: a number out of range; a task without a training accuracy; a config whose widths are no data.
     """
-    from qtrain.experiment import build
+    from qtrain.build import build
     from qtrain.train import train
     from qtrain.writers import read_metrics
 
@@ -101,7 +102,12 @@ def staircase(config: ConfigDict, widths: tuple[int, ...], steps: int, average: 
         boundaries = tuple(steps * index for index in range(1, len(widths)))
         tested.schedule.update(name="piecewise", boundaries_steps=boundaries, values=widths)
         tested.schedule.grads.update(name="constant", bits=FLOAT_BITS if grads is None else grads)
-        tested.optimizer.update(schedule="constant", warmup_steps=0, warmup_epochs=0.0, warmup_percent=0.0)
+        for part in ("warmup", "hold_start", "hold", "restart"):
+            tested.optimizer.update({f"{part}_steps": 0, f"{part}_epochs": 0.0, f"{part}_percent": 0.0})
+        tested.optimizer.schedule = "constant"
+        for part in ("start", "length"):  # a window of the run it was meant for
+            tested.deficit.update({f"{part}_steps": 0, f"{part}_epochs": 0.0, f"{part}_percent": 0.0})
+        tested.deficit.name = "none"
         per_dispatch = tested.train.steps_per_dispatch
         tested.train.update(
             steps=steps * len(widths),

@@ -13,8 +13,7 @@ import numpy as np
 from qtrain.errors import UsageError
 from qtrain.report.labels import canonical
 from qtrain.report.runs import BITS, Curve, Run
-from qtrain.sweep.folder import MANIFEST
-from qtrain.workdir import CONFIG, SUMMARY, leaves
+from qtrain.workdir import CONFIG, SUMMARY, SWEEP, leaves
 
 WHAT = "qtrain runs"
 _ENVIRONMENT = ("versions", "python", "backend", "device", "devices", "cores")
@@ -115,7 +114,7 @@ def _origin(run: Run) -> dict[str, Any]:
     date = datetime.datetime.fromtimestamp(newest.stat().st_mtime, datetime.UTC).date().isoformat()
     environment = {key: stored[key] for key in _ENVIRONMENT if key in stored}
     found: dict[str, Any] = {"date": date, "environment": dict(leaves(environment))}
-    manifest = folder.parent / MANIFEST
+    manifest = folder.parent / SWEEP
     if manifest.exists():
         found["source"] = json.loads(manifest.read_bytes()).get("source", "")
     return found

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from qtrain.errors import UsageError
-from qtrain.sweep.folder import ERRORS, MANIFEST
-from qtrain.workdir import CONFIG, DONE, SUMMARY, leaves
+from qtrain.workdir import CONFIG, DONE, ERRORS, SUMMARY, SWEEP, leaves
 from qtrain.writers import METRICS
 
 BITS = ("bits_weights", "bits_acts", "bits_grads")
@@ -93,7 +92,7 @@ def _below(path: Path, notes: list[str]) -> Iterator[Path]:
         notes.append(f"{error.filename}: left out: it cannot be listed ({error.strerror})")
 
     for folder, names, files in os.walk(path, onerror=unlisted):
-        if MANIFEST in files:
+        if SWEEP in files:
             notes += _missing(Path(folder))
         if CONFIG in files:
             names.clear()
@@ -104,10 +103,10 @@ def _below(path: Path, notes: list[str]) -> Iterator[Path]:
 def _missing(folder: Path) -> Iterator[str]:
     """What a sweep has no numbers of: points that failed, and points that have not begun."""
     try:
-        points = [point["name"] for point in _json(folder / MANIFEST)["points"]]
+        points = [point["name"] for point in _json(folder / SWEEP)["points"]]
         errors = _json(folder / ERRORS) if (folder / ERRORS).exists() else {}
     except (UsageError, KeyError, TypeError):
-        yield f"{folder / MANIFEST}: damaged: points that failed are not known"
+        yield f"{folder / SWEEP}: damaged: points that failed are not known"
         return
     for name, entry in errors.items():
         yield f"{folder / name}: this point failed ({entry['kind']}): {entry['error']}"

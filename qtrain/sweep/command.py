@@ -14,9 +14,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from qtrain import overrides
-from qtrain.errors import UsageError
+from qtrain.errors import Preempted, UsageError
 from qtrain.sweep.expand import Point, expand, selected
-from qtrain.sweep.folder import ERRORS, Folder
+from qtrain.sweep.folder import Folder
+from qtrain.workdir import ERRORS
 
 EMITS = ("none", "commands", "slurm")
 SHARES = ("auto", "vmap", "interleave")
@@ -76,7 +77,6 @@ class _Sweep:
 
     def __call__(self) -> int:
         from qtrain import main
-        from qtrain.drive import Preempted
 
         before = [point for point in self.points if self.folder.finished(point)]
         left = [point for point in self.points if not self.folder.finished(point)]

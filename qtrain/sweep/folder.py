@@ -13,9 +13,9 @@ from ml_collections import ConfigDict
 
 from qtrain.errors import UsageError
 from qtrain.sweep.expand import Point
-from qtrain.workdir import DONE, write_json
+from qtrain.workdir import DONE, ERRORS, SWEEP, write_json
 
-MANIFEST, ERRORS, LOGS = "sweep.json", "errors.json", "logs"
+LOGS = "logs"
 
 
 class Folder:
@@ -41,22 +41,22 @@ class Folder:
         }
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"--workdir {path!r} is a file; give a folder")
-        stored = self._read(MANIFEST)
+        stored = self._read(SWEEP)
         if stored is not None and not self._begun(stored):
             stored = None  # of a sweep that was refused, or stopped before its first run
         if stored is None:
-            names = {LOGS, MANIFEST, ERRORS, *(point.name for point in points)}
+            names = {LOGS, SWEEP, ERRORS, *(point.name for point in points)}
             entries = sorted(entry.name for entry in self.path.iterdir()) if self.path.exists() else []
             strange = [name for name in entries if name not in names and not name.startswith(".")]
             if strange:
                 raise UsageError(
-                    f"--workdir {path!r} holds {strange[0]!r} and no {MANIFEST}; give a new or an empty folder"
+                    f"--workdir {path!r} holds {strange[0]!r} and no {SWEEP}; give a new or an empty folder"
                 )
         else:
             self._check(stored, mine)
         current = {**mine, "choices": (stored or {}).get("choices", {})}
         if current != stored:
-            self._write(MANIFEST, current)
+            self._write(SWEEP, current)
 
     def run(self, point: Point) -> Path:
         """The folder of a point's run."""
@@ -68,13 +68,13 @@ class Folder:
 
     def choice(self, key: str) -> Any:
         """What `choose` recorded, or None."""
-        return (self._read(MANIFEST) or {}).get("choices", {}).get(key)
+        return (self._read(SWEEP) or {}).get("choices", {}).get(key)
 
     def choose(self, key: str, value: Any) -> None:
         """Record what was chosen, for the next start of the sweep."""
         with self._alone():
-            stored = self._read(MANIFEST) or {}
-            self._write(MANIFEST, {**stored, "choices": {**stored.get("choices", {}), key: value}})
+            stored = self._read(SWEEP) or {}
+            self._write(SWEEP, {**stored, "choices": {**stored.get("choices", {}), key: value}})
 
     def failed(self, point: Point, kind: str, message: str) -> None:
         """Record that a point failed, and why."""
@@ -104,7 +104,7 @@ class Folder:
         """Refuse another sweep; more points behind those that were there are the same sweep, continued."""
         other = f"--workdir {str(self.path)!r} holds another sweep"
         if stored.get("program") != mine["program"]:
-            raise UsageError(f"{other}: its {MANIFEST} was written by something else; give a new folder")
+            raise UsageError(f"{other}: its {SWEEP} was written by something else; give a new folder")
         for left, right in zip(stored["points"], [*mine["points"], *[None] * len(stored["points"])], strict=False):
             if right is None or left != right:
                 now = "there is none now" if right is None else f"{right['name']} {right['overrides']}"

@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from qtrain.errors import Preempted
 from qtrain.main import PREEMPTED
 from qtrain.sweep.expand import Point
 from qtrain.sweep.folder import LOGS, Folder
+from qtrain.workdir import SUMMARY
 
 _POLL_SECONDS = 0.1
 
@@ -47,7 +49,6 @@ def train_in_turn(
     Raises:
       Preempted: when stopped; the run in progress is saved.
     """
-    from qtrain.drive import Preempted
     from qtrain.train import train
 
     for point in points:
@@ -87,7 +88,6 @@ def train_in_processes(
     Raises:
       Preempted: when stopped, once they all have ended.
     """
-    from qtrain.drive import Preempted
 
     waiting = list(points)
     under_way: dict[int, tuple[Point, subprocess.Popen[bytes]]] = {}
@@ -130,7 +130,7 @@ def _conclude(point: Point, process: subprocess.Popen[bytes], folder: Folder, fa
     if process.returncode == PREEMPTED:
         return
     if folder.finished(point):
-        ended(point, json.loads((folder.run(point) / "summary.json").read_bytes()))
+        ended(point, json.loads((folder.run(point) / SUMMARY).read_bytes()))
         return
     last = _last_line(_log(point, folder))
     try:

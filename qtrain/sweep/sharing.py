@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
+from qtrain.build import controller_of, losses_of, narrowest_of, schedule_of
 from qtrain.config import check_keys
 from qtrain.deficits import deficit_from_config
 from qtrain.errors import UsageError
-from qtrain.experiment import Experiment, controller_of, losses_of, narrowest_of, schedule_of
+from qtrain.experiment import Experiment
 from qtrain.optim.build import TRANSITION
 from qtrain.optim.learning_rate import learning_rate_schedule
 from qtrain.quantizers import FLOAT_BITS

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qtrain.drive import Interleaved
 from qtrain.programs import Programs
 from qtrain.tables import Tables
-from qtrain.train import _Run
+from qtrain.train import Run
 
 Array = jax.Array
 AXIS = "points"
@@ -31,7 +31,7 @@ class Stacked:
     been reached yet, keeps its place and its state.
     """
 
-    def __init__(self, programs: Programs, runs: Sequence[_Run]):
+    def __init__(self, programs: Programs, runs: Sequence[Run]):
         self._programs, self._places = programs, {run.folder: index for index, run in enumerate(runs)}
         count = math.gcd(len(runs), jax.device_count())
         mesh = Mesh(np.array(jax.devices()[:count]), (AXIS,), axis_types=(AxisType.Auto,))
@@ -40,13 +40,13 @@ class Stacked:
         self._take = jax.jit(lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree))
         self.load(runs)
 
-    def load(self, runs: Sequence[_Run]) -> None:
+    def load(self, runs: Sequence[Run]) -> None:
         """Begin with the states that the runs have now, all of them and in the order they were in at first."""
         parts = zip(*((run.state, run.key, run.tables) for run in runs), strict=True)
         self._state, self._key, self._tables = map(self._stack, parts)
         self._programs.in_use = self._step
 
-    def __call__(self, runs: Sequence[_Run], batch: Any, stop: bool) -> Iterator[tuple[_Run, Mapping[str, Any]]]:
+    def __call__(self, runs: Sequence[Run], batch: Any, stop: bool) -> Iterator[tuple[Run, Mapping[str, Any]]]:
         """Take a step of each of `runs`, and give it with what the step leaves."""
         active = np.zeros(len(self._places), bool)
         active[[self._places[run.folder] for run in runs]] = True
@@ -56,7 +56,7 @@ class Stacked:
         for run in runs:
             yield run, _Slice(shared, self._places[run.folder])
 
-    def settle(self, run: _Run) -> None:
+    def settle(self, run: Run) -> None:
         """Bring ``run.state`` up to date."""
         state = self._take(self._state, self._places[run.folder])
         run.state = jax.device_put(state, run.shardings)
@@ -116,7 +116,7 @@ def known(programs: Programs, count: int) -> tuple[str, str] | None:
     return None
 
 
-def measured(programs: Programs, runs: Sequence[_Run], batch: Any) -> tuple[dict[str, float], Stacked | None]:
+def measured(programs: Programs, runs: Sequence[Run], batch: Any) -> tuple[dict[str, float], Stacked | None]:
     """Seconds that a step of every run takes, each way, infinite where memory does not suffice; and the vmapped steps.
 
     The fastest of a few rounds after a first one that compiles. Taking turns is measured on a few of the runs. The
@@ -135,7 +135,7 @@ def measured(programs: Programs, runs: Sequence[_Run], batch: Any) -> tuple[dict
         programs.in_use = programs.step
 
 
-def _seconds(dispatch: Interleaved | Stacked, runs: Sequence[_Run], batch: Any) -> float:
+def _seconds(dispatch: Interleaved | Stacked, runs: Sequence[Run], batch: Any) -> float:
     before = [run.state for run in runs]
     try:
         for run in runs:

@@ -22,7 +22,7 @@ from qtrain.sweep.expand import Point
 from qtrain.sweep.folder import Folder
 from qtrain.sweep.sharing import NotTogether, structure, vary
 from qtrain.sweep.stacked import Stacked, chosen, known, measured
-from qtrain.train import _Run
+from qtrain.train import Run
 
 Say = Callable[[str], None]
 Failed = Callable[[Point, Exception], None]
@@ -78,7 +78,7 @@ def train_together(
 
 def _prepare(
     points: Sequence[Point], folder: Folder, asked: Asked, failed: Failed
-) -> tuple[list[_Run], dict[_Run, Point], list[Point], Programs | None]:
+) -> tuple[list[Run], dict[Run, Point], list[Point], Programs | None]:
     """The runs with their points, the points that need another program, and the program."""
     base: Any = None
     parts, rest = [], []
@@ -114,7 +114,7 @@ def _prepare(
                     f"{str(path)!r} was begun with other kernels than the points it shares a program with; continue it "
                     "by itself: qtrain sweep --points"
                 )
-            run = _Run(experiment, path, mesh, status == "resume", True, False, parameters, programs)
+            run = Run(experiment, path, mesh, status == "resume", True, False, parameters, programs)
         except Exception as error:
             failed(point, error)
         else:
@@ -124,8 +124,8 @@ def _prepare(
 
 
 def _drive(
-    runs: list[_Run],
-    owners: dict[_Run, Point],
+    runs: list[Run],
+    owners: dict[Run, Point],
     programs: Programs,
     folder: Folder,
     asked: Asked,
@@ -150,7 +150,7 @@ def _drive(
 
 
 def _dispatch(
-    runs: list[_Run], programs: Programs, key: str, folder: Folder, asked: Asked, say: Say
+    runs: list[Run], programs: Programs, key: str, folder: Folder, asked: Asked, say: Say
 ) -> Interleaved | Stacked:
     """How the runs take their steps: as asked, as an earlier start of the sweep did, as is known, or as is faster."""
     fixed = known(programs, len(runs))

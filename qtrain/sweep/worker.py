@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from qtrain import main, overrides
+from qtrain.errors import Preempted
 from qtrain.sweep.expand import expand
 
 
@@ -23,7 +24,6 @@ def run(index: int, folder: str, arguments: Sequence[str]) -> int:
 
     The last line printed says what failed, as JSON.
     """
-    from qtrain.drive import Preempted
     from qtrain.train import train
 
     try:
