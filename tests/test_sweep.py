@@ -16,7 +16,7 @@ from qtrain.errors import UsageError
 from qtrain.sweep import emit
 from qtrain.sweep.command import _about_the_config
 from qtrain.sweep.expand import expand, selected
-from qtrain.sweep.folder import ERRORS, MANIFEST
+from qtrain.sweep.folder import ERRORS, SWEEP
 from qtrain.sweep.sharing import differing
 from qtrain.train import Run, train
 
@@ -226,7 +226,7 @@ def test_points_in_one_program_equal_runs_of_their_own(share, tolerance, separat
     assert f"3 points share one train step by {share}" in out and "3 points, 1 compiled train step\n" in out
     assert_same(separate, tmp_path, tolerance)
     assert all(summary(tmp_path / point.name)["compilations"] == 1 for point in points)
-    stored = json.loads((tmp_path / MANIFEST).read_text())
+    stored = json.loads((tmp_path / SWEEP).read_text())
     assert [point["name"] for point in stored["points"]] == [point.name for point in points]
     assert next(iter(stored["choices"].values())) == share
     assert main.main(arguments) == 0

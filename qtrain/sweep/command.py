@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 from qtrain import overrides
 from qtrain.errors import Preempted, UsageError
 from qtrain.sweep.expand import Point, expand, selected
-from qtrain.sweep.folder import Folder
+from qtrain.sweep.folder import LOGS, Folder
 from qtrain.workdir import ERRORS
 
 EMITS = ("none", "commands", "slurm")
 SHARES = ("auto", "vmap", "interleave")
+CLUSTERS = ("none", "slurm", "local")
 
 
 def run(arguments: list[str]) -> int:
@@ -46,6 +47,12 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"--processes {values.processes}: give at least 1")
     if values.vectorized and values.processes is not None:
         raise UsageError("--vectorized is one process; leave out --processes, or --vectorized")
+    if values.submit != "none":
+        for name in ("vectorized", "processes", "emit"):
+            if values[name].value != values[name].default:
+                raise UsageError(f"--submit makes each point a job of its own; leave out --{name}, or --submit")
+    elif values.submit_options:
+        raise UsageError("--submit_options: only of --submit; add it, or leave this out")
     for name in ("share", "separate"):
         if values[name].value != values[name].default and not values.vectorized:
             raise UsageError(f"--{name}: only of --vectorized; add it, or leave this out")
@@ -59,12 +66,27 @@ def run(arguments: list[str]) -> int:
 
         print(getattr(emit, values.emit)(chosen, values.workdir, rest))
         return 0
+    if values.submit != "none":
+        return _submit(values, Folder(values.workdir, source, base, points), chosen, rest)
     if values.vectorized and not values.separate:
         from qtrain.sweep.sharing import check
 
         check(chosen)
     folder = Folder(values.workdir, source, base, points)
     return _Sweep(values, folder, chosen, rest)()
+
+
+def _submit(values: flags.FlagValues, folder: Folder, chosen: Sequence[Point], arguments: list[str]) -> int:
+    from qtrain.sweep import submit
+
+    options = submit.options_of(values.submit_options)
+    made = submit.executor(values.submit, submit.logs(folder), options)
+    left = [point for point in chosen if not folder.finished(point)]
+    if left:
+        submit.submit(left, values.workdir, arguments, made)
+    done = f", {len(chosen) - len(left)} were finished" if len(left) < len(chosen) else ""
+    print(f"{len(left)} jobs submitted{done}; they log in {folder.path / LOGS}; qtrain report {folder.path}")
+    return 0
 
 
 class _Sweep:
@@ -171,6 +193,8 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_integer("processes", None, "So many processes side by side, one for each point.", **of)
     flags.DEFINE_string("points", None, "These points only, by index: 0,3,10-14.", **of)
     flags.DEFINE_enum("emit", "none", EMITS, "Train nothing: print a command for each point, or a Slurm array.", **of)
+    flags.DEFINE_enum("submit", "none", CLUSTERS, "Each point as a job, by submitit, requeued when preempted.", **of)
+    flags.DEFINE_list("submit_options", [], "submitit's: timeout_min=240,gpus_per_node=1,slurm_partition=gpu.", **of)
     flags.DEFINE_bool("quiet", False, "No progress, only how many points ended.", **of)
     return values
 

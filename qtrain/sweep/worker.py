@@ -46,12 +46,17 @@ def run(index: int, folder: str, arguments: Sequence[str]) -> int:
 
 
 def _watch() -> None:
-    sys.stdin.buffer.read()
+    # Not sys.stdin: a thread that waits inside it makes the interpreter abort when it ends.
+    while os.read(0, 4096):
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
     # Until the trainer has a handler of its own there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(main.PREEMPTED))
+    # Slurm sends the signal that submitit asks for to every process of a job.
+    if hasattr(signal, "SIGUSR2"):  # not on Windows
+        signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     threading.Thread(target=_watch, daemon=True).start()
     sys.exit(run(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
