@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +16,43 @@ from qtrain import processes, workdir
 from qtrain.errors import Preempted
 from qtrain.programs import Programs
 
+_LAUNCHING_THREADS = 8  # each has the memory of a step
+
 if TYPE_CHECKING:
     from qtrain.train import Run
 
 
 class Interleaved:
-    """Steps of one run after another by the same program."""
+    """Steps of one run after another by the same program.
 
-    def __init__(self, programs: Programs):
+    Where one CPU is the device, steps of different runs are under way at once: JAX carries out what one thread of
+    Python launches in order, and the steps of small networks do not fill several cores. So each of a few threads
+    launches the steps of its share of the runs. What a step computes is the same.
+    """
+
+    def __init__(self, programs: Programs, count: int = 1):
         self._step, self._mesh = programs.step, programs.mesh
         several = jax.process_count() > 1
         self._asks = {value: processes.flag(value, self._mesh) for value in (False, True)} if several else None
+        # On several devices the steps wait for each other in collectives, and must come in one order.
+        alone = jax.default_backend() == "cpu" and self._mesh.size == 1 and not several
+        threads = min(count, os.cpu_count() or 1, _LAUNCHING_THREADS) if alone else 1
+        self._launching = [ThreadPoolExecutor(1) for _ in range(threads)] if threads > 1 else []
+        self._compiled = False
 
     def __call__(self, runs: Sequence[Run], batch: Any, stop: bool) -> Iterator[tuple[Run, Mapping[str, Any]]]:
         """Take a step of each of `runs`, and give it with what the step leaves; `stop`: this process is asked to."""
         asks = () if self._asks is None else (self._asks[stop],)
-        for run in runs:
-            run.state, out = self._step(run.state, batch, run.key, run.tables, *asks)
+
+        def take(run: Run) -> tuple[Any, Mapping[str, Any]]:
+            return self._step(run.state, batch, run.key, run.tables, *asks)
+
+        together = len(runs) > 1 and self._compiled  # by one thread: two would both compile it
+        threads = itertools.cycle(self._launching if together else ())
+        launched = [thread.submit(take, run) for run, thread in zip(runs, threads, strict=False)]
+        for i, run in enumerate(runs):
+            run.state, out = launched[i].result() if launched else take(run)
+            self._compiled = True
             yield run, out
 
     def settle(self, run: Run) -> None:

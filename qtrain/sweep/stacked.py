@@ -123,7 +123,7 @@ def measured(programs: Programs, runs: Sequence[Run], batch: Any) -> tuple[dict[
     states are left alone.
     """
     some = list(runs[:_MEASURED_POINTS])
-    turns = _seconds(Interleaved(programs), some, batch) * len(runs) / len(some)
+    turns = _seconds(Interleaved(programs, len(some)), some, batch) * len(runs) / len(some)
     try:
         stacked = Stacked(programs, runs)
         return {"interleave": turns, "vmap": _seconds(stacked, runs, batch)}, stacked

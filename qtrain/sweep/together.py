@@ -176,7 +176,7 @@ def _dispatch(
     devices = math.gcd(len(runs), jax.device_count()) if way == "vmap" else runs[0].mesh.size
     say(f"{len(runs)} points share one train step by {way} on {devices} device{'s' * (devices > 1)}: {why}")
     if way == "interleave":
-        return Interleaved(programs)
+        return Interleaved(programs, len(runs))
     if stacked is None:
         return Stacked(programs, runs)
     stacked.load(runs)
