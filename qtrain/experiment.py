@@ -27,6 +27,7 @@ from qtrain.inject.execution import Choice
 from qtrain.losses import Penalty
 from qtrain.losses.budget import Budget
 from qtrain.models.gcn import KEYS
+from qtrain.packing import Packed, unpack
 from qtrain.precision import Precision
 from qtrain.schedules import Controller, PrecisionSchedule
 from qtrain.schedules.precisions import KINDS
@@ -113,7 +114,11 @@ class Experiment:
         bound = dataclasses.replace(
             self, reads=tables, optimizer=self.optimizer_at(rate), learning_rate=rate, additions=additions
         )
-        return bound.steered_by(tables.controller)
+        return bound.steered_by_numbers(tables.controller)
+
+    def steered_by_numbers(self, numbers: Packed | None) -> Experiment:
+        """The same with other numbers of its controller, packed and perhaps traced, as `Tables` have them."""
+        return self if numbers is None else self.steered_by(unpack(numbers, self.controller))
 
     def steered_by(self, controller: Controller | None) -> Experiment:
         """The same with another controller of the same structure, whose numbers may be traced."""

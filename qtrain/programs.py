@@ -54,7 +54,8 @@ class Programs:
         )
         self.in_use: Any = self.step
         self._initial = jax.jit(
-            lambda seed, controller: experiment.steered_by(controller).initial_state(seed), out_shardings=self.shardings
+            lambda seed, controller: experiment.steered_by_numbers(controller).initial_state(seed),
+            out_shardings=self.shardings,
         )
         self._key = jax.jit(jax.random.key, out_shardings=everywhere)
         self.measures = make_layer_metrics(experiment) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -154,7 +155,7 @@ def size_summary(
     kept = below_float(weights, precision)
     if not kept:
         return {}
-    encoded = jax.jit(lambda p, q: {w.name: encode(w, p, q, w.bits(precision)) for w in kept})(params, quant)
+    encoded = _encoded(kept, params, quant, [np.float32(weight.bits(precision)) for weight in kept])
     sizes = {
         name: measure(np.asarray(to_host(codes)), stored_scale_bytes(scale)) for name, (codes, scale) in encoded.items()
     }
@@ -168,6 +169,14 @@ def size_summary(
         "compression": 4 * total / stored,
         "compression_model": 4 * (total + rest) / (stored + 4 * rest),
     }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encoded(
+    weights: tuple[Weight, ...], params: Any, quant: Mapping[str, Any], bits: Sequence[Any]
+) -> dict[str, tuple[Array, Any]]:
+    """Codes and scales by name; bits are traced, so that the runs of a sweep share the program."""
+    return {weight.name: encode(weight, params, quant, own) for weight, own in zip(weights, bits, strict=True)}
 
 
 def stored_scale_bytes(scale: Any) -> int:

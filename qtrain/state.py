@@ -16,7 +16,8 @@ from qtrain import cost
 from qtrain.additions import Additions
 from qtrain.cost import Ops, Total
 from qtrain.inject import QuantizedModel
-from qtrain.metrics import bits_vector, norms, train_metrics
+from qtrain.metrics import bits_vector, norms, train_metrics, unpacked
+from qtrain.packing import Packed, pack
 from qtrain.precision import Precision
 from qtrain.tasks import IMAGES, Task
 
@@ -47,7 +48,7 @@ class TrainState:
       opt_state: of the optimizer.
       controller: what the method steers by, see `Additions`.
       bitops: BitOps spent so far.
-      metrics: averages since the last written row.
+      metrics: averages since the last written row, packed, see `averages` and `qtrain.metrics.unpacked`.
       previous: see `Previous`.
     """
 
@@ -58,7 +59,7 @@ class TrainState:
     opt_state: Any
     controller: Any
     bitops: Total
-    metrics: Collection
+    metrics: Packed
     previous: Previous
 
     @property
@@ -92,9 +93,14 @@ def create(
             **({} if additions.steering is None else additions.steering.begun()),
         },
         bitops=cost.zero(),
-        metrics=train_metrics(task.measured, len(jax.tree.leaves(params)) if layer_norms else 0).empty(),
+        metrics=pack(averages(task, params, layer_norms).empty()),
         previous=Previous(jnp.zeros((3,)), nothing, nothing),
     )
+
+
+def averages(task: Task, params: Any, layer_norms: bool) -> type[Collection]:
+    """What a run averages between its rows; ``TrainState.metrics`` is one of these, packed."""
+    return train_metrics(task.measured, len(jax.tree.leaves(params)) if layer_norms else 0)
 
 
 def make_train_step(
@@ -165,7 +171,7 @@ def make_train_step(
         stepped = optax.apply_updates({"params": state.params, "quant": state.quant}, updates)
         bits = bits_vector(precision)
         whole = {"grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
-        Averages = train_metrics(task.measured, len(jax.tree.leaves(state.params)) if layer_norms else 0)
+        Averages = averages(task, state.params, layer_norms)
         of_layers = {}
         if layer_norms:
             of_layers = {"layer_norms": norms(grads["params"], updates["params"], state.params)}
@@ -183,8 +189,8 @@ def make_train_step(
             **of_layers,
         )
         fresh = state.step % log_every == 0
-        averages = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), Averages.empty(), state.metrics)
-        averages = averages.merge(measured)
+        so_far = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), pack(Averages.empty()), state.metrics)
+        metrics = pack(unpacked(Averages, so_far).merge(measured))
         bitops = cost.add(state.bitops, cost.bitops(ops, priced))
         if steering is not None:
             seen = {"step": state.step, "loss": loss, "grad_norm": whole["grad_norm"], "bitops": bitops}
@@ -197,7 +203,7 @@ def make_train_step(
             opt_state=opt_state,
             controller=controller,
             bitops=bitops,
-            metrics=averages,
+            metrics=metrics,
             previous=Previous(bits, whole["grad_norm"], whole["update_norm"]),
         )
         out = {
@@ -205,7 +211,7 @@ def make_train_step(
             "grad_norm": whole["grad_norm"],
             "bits": bits,
             "bitops": new_state.bitops,
-            "metrics": averages,
+            "metrics": metrics,
         }
         return new_state, out
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from qtrain.inject import Weight
+from qtrain.packing import pack, unpack
 from qtrain.precision import Precision
 from qtrain.schedules import Controller, Signals
 
@@ -32,11 +32,12 @@ class Steering:
 
     def begun(self) -> dict[str, Any]:
         """What goes into ``TrainState.controller`` at step 0."""
-        return {KEY: _packed(self.controller.init(self._shapes()))}
+        return {KEY: pack(self.controller.init(self._shapes()))}
 
     def state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The controller's own state, of what is in ``TrainState.controller``."""
-        return _unpacked(state[KEY], jax.eval_shape(self.controller.init, self._shapes()))
+        state_of: dict[str, Any] = unpack(state[KEY], jax.eval_shape(self.controller.init, self._shapes()))
+        return state_of
 
     def precision(self, scheduled: Precision, state: Mapping[str, Any]) -> Precision:
         """The bits of a step: the controller's, and those of `scheduled` for the kinds that it leaves."""
@@ -47,7 +48,7 @@ class Steering:
     def updated(self, state: Mapping[str, Any], grads: Any, **signals: Any) -> dict[str, Any]:
         """``TrainState.controller`` after a step; `grads`: of the parameters, `signals`: the rest of `Signals`."""
         shown = {weight.name: _array(weight.value(grads)) for weight in self.weights}
-        return {**state, KEY: _packed(self.controller.update(self.state(state), Signals(grads=shown, **signals)))}
+        return {**state, KEY: pack(self.controller.update(self.state(state), Signals(grads=shown, **signals)))}
 
     def metrics(self, state: Mapping[str, Any]) -> dict[str, Array]:
         """What the controller shows of its state."""
@@ -55,32 +56,6 @@ class Steering:
 
     def _shapes(self) -> dict[str, Any]:
         return {weight.name: jax.ShapeDtypeStruct(weight.shape, "float32") for weight in self.weights}
-
-
-def _packed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with its numbers in a vector for each dtype: each buffer that a dispatch hands on costs a microsecond."""
-    leaves = jax.tree.leaves(state)
-    numbers: dict[str, list[Array]] = {}
-    for leaf in leaves:
-        if leaf.ndim <= 1:
-            numbers.setdefault(str(leaf.dtype), []).append(jnp.atleast_1d(leaf))
-    vectors = {dtype: jnp.concatenate(parts) for dtype, parts in numbers.items()}
-    return {"numbers": vectors, "arrays": [leaf for leaf in leaves if leaf.ndim > 1]}
-
-
-def _unpacked(packed: Mapping[str, Any], template: Any) -> dict[str, Any]:
-    """The inverse of `_packed`; `template` has the shapes."""
-    leaves, structure = jax.tree.flatten(template)
-    arrays, used, found = iter(packed["arrays"]), dict.fromkeys(packed["numbers"], 0), []
-    for leaf in leaves:
-        if leaf.ndim > 1:
-            found.append(next(arrays))
-            continue
-        dtype, start = str(leaf.dtype), used[str(leaf.dtype)]
-        used[dtype] += leaf.size
-        found.append(packed["numbers"][dtype][start : start + leaf.size].reshape(leaf.shape))
-    state: dict[str, Any] = jax.tree.unflatten(structure, found)
-    return state
 
 
 def _array(leaf: Any) -> Any:

@@ -12,6 +12,7 @@ import optax
 from qtrain import schedules
 from qtrain.deficits import Deficit
 from qtrain.losses import Penalty
+from qtrain.packing import Packed, pack
 from qtrain.precision import Precision
 from qtrain.schedules import Controller, PrecisionSchedule
 from qtrain.schedules.precisions import KINDS
@@ -28,14 +29,14 @@ class Tables(NamedTuple):
       learning_rate: of every update, float32 [updates].
       losses: name of a loss term → its rate at every step, float32 [steps].
       deficit: 1 at the steps whose images lack something, float32 [steps]; None: those of no step do.
-      controller: that decides bits; None: the schedule has them all.
+      controller: the numbers of the one that decides bits, see `qtrain.packing`; None: the schedule has them all.
     """
 
     bits: Precision
     learning_rate: Any
     losses: dict[str, Any]
     deficit: Any = None
-    controller: Controller | None = None
+    controller: Packed | None = None
 
     def precision(self, step: Array) -> Precision:
         """The bits of a step."""
@@ -77,5 +78,6 @@ def tabulate(
 
     updates = np.arange(-(-total_steps // steps_per_update), dtype=np.int32)
     rates = np.asarray(jax.jit(jax.vmap(rate))(updates))
+    numbers = None if controller is None else pack(controller)
     window = None if deficit is None else deficit.table()
-    return Tables(bits, rates, {} if losses is None else losses.table(), window, controller)
+    return Tables(bits, rates, {} if losses is None else losses.table(), window, numbers)

@@ -23,13 +23,13 @@ from qtrain.config import check_keys
 from qtrain.drive import Interleaved, drive
 from qtrain.errors import Diverged
 from qtrain.experiment import Experiment, describe
-from qtrain.metrics import norm_rows
+from qtrain.metrics import norm_rows, unpacked
 from qtrain.programs import Programs
 from qtrain.progress import Progress
 from qtrain.schedules import BudgetKeeper
 from qtrain.size import size_summary
 from qtrain.start import as_started, prepared
-from qtrain.state import TrainState
+from qtrain.state import TrainState, averages
 from qtrain.writers import MetricsWriter
 
 PROFILED_STEPS = (10, 20)
@@ -111,6 +111,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, self._quality)
         self.metadata: dict[str, Any] = {"elapsed": 0.0, "compilations": 0}
         self.state = self._initial_state(resume, loaded)
+        self._averages = averages(experiment.task, self.state.params, config.train.layer_norms)
         self.start = int(self.state.step)
         self.writer = MetricsWriter(folder, self.start if self.start else None, enabled=processes.first())
         self.progress = Progress(
@@ -277,8 +278,8 @@ class Run:
             # By way of the host, so that what is computed of them is each process's own affair.
             values = jax.device_get((out["metrics"], out["bitops"]))
             last = -1 if self.per_dispatch > 1 else ...
-            averages, bitops = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[last]), values)
-            computed = averages.compute()
+            packed, bitops = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[last]), values)
+            computed = unpacked(self._averages, packed).compute()
             of_layers = computed.pop("layer_norms", None)
             values = {name: float(value) for name, value in computed.items()}
             if of_layers is not None:
@@ -337,7 +338,7 @@ class Run:
         linear = self.experiment.linear_cost(self.schedules)
         return {
             "steps": int(self.state.step),
-            "train_loss": float(self.state.metrics.compute()["loss"]),
+            "train_loss": float(unpacked(self._averages, self.state.metrics).compute()["loss"]),
             **self.evaluated,
             "effective_bitops": effective,
             "static_bitops": static,

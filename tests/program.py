@@ -13,7 +13,8 @@ from qtrain import data
 from qtrain.build import build
 from qtrain.checkpoint import restore
 from qtrain.config import base_config, finish
-from qtrain.state import make_train_step
+from qtrain.metrics import unpacked
+from qtrain.state import averages, make_train_step
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
@@ -117,7 +118,8 @@ class Steps:
 
     def __call__(self, batch):
         self.state, out = self.step(self.state, batch, self.key)
-        return {name: float(value) for name, value in out["metrics"].compute().items()}
+        Averages = averages(self.experiment.task, self.state.params, self.config.train.layer_norms)
+        return {name: float(value) for name, value in unpacked(Averages, out["metrics"]).compute().items()}
 
     def batches(self):
         return data.train_iterator(self.experiment.dataset, self.config.data.batch_size, self.config.data.seed)
