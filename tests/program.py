@@ -97,9 +97,12 @@ def final_state(config, folder):
 
 
 class Steps:
-    """The compiled train step of a config and the state it has reached; batches are those of the run."""
+    """The compiled train step of a config and the state it has reached; batches are those of the run.
 
-    def __init__(self, config, log_every=1):
+    `quick`: compiled in a hurry, for tests that take a step or two and compare no numbers.
+    """
+
+    def __init__(self, config, log_every=1, quick=False):
         self.experiment = experiment = build(config)
         self.config, self.key = config, jax.random.key(config.seed)
         self.step = jax.jit(
@@ -112,7 +115,8 @@ class Steps:
                 experiment.additions,
                 experiment.task,
                 layer_norms=config.train.layer_norms,
-            )
+            ),
+            compiler_options={"xla_backend_optimization_level": 0} if quick else None,
         )
         self.state = initial_state(experiment, config.seed)
 

@@ -157,7 +157,7 @@ SLOW = (
 )
 def test_two_steps(name, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no_data"))  # the smoke form needs no prepared set
-    steps = Steps(load(name, "smoke"))
+    steps = Steps(load(name, "smoke"), quick=True)
     before = steps.state.params
     with steps.batches() as batches:
         found = [steps(next(batches)) for _ in range(2)]
