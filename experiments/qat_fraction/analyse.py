@@ -188,8 +188,10 @@ def draw(lines: Sequence[dict[str, Any]]) -> None:
     found = cells(lines)
     for family in sorted({key[0] for key in found}):
         mine = {key: arms for key, arms in found.items() if key[0] == family}
-        figure, axes = plt.subplots(1, len(mine), figsize=(3.1 * len(mine), 3.2), squeeze=False)
-        for axis, ((_, params, tokens, bits), arms) in zip(axes[0], mine.items(), strict=True):
+        columns = len({bits for _, _, _, bits in mine})  # a row for each length
+        rows = len(mine) // columns
+        figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False)
+        for axis, ((_, params, tokens, bits), arms) in zip(axes.flat, mine.items(), strict=True):
             for (arm, sweep), colour in zip(arms.items(), ("tab:blue", "tab:orange"), strict=True):
                 if not any(0 < fraction < 1 for fraction in sweep):
                     continue
@@ -202,8 +204,9 @@ def draw(lines: Sequence[dict[str, Any]]) -> None:
             axis.set_title(f"{bits} bits, {tokens:.2g} tokens, S {ratio:.0f}", fontsize=8)
             axis.set_xlabel("share of training quantized")
             axis.tick_params(labelsize=7)
-        axes[0][0].set_ylabel("test loss at these bits")
-        axes[0][0].legend(fontsize=7)
+        for row in axes:
+            row[0].set_ylabel("test loss at these bits")
+        axes[-1][0].legend(fontsize=7)  # the longest runs have both arms
         figure.suptitle(f"{family}: mean and range over seeds", fontsize=9)
         figure.tight_layout()
         figure.savefig(HERE / f"{family}.png", dpi=130)
