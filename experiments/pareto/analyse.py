@@ -59,7 +59,7 @@ def main() -> None:
 def kind_of(means: Means, index: int) -> str:
     """Which of `KINDS` a point is."""
     config = means.points[index].config
-    narrow = config["model.width"] == min(point.config["model.width"] for point in means.points)
+    narrow = config["model.width"] < max(point.config["model.width"] for point in means.points)
     if means.points[index].group == "static":
         if narrow:
             return "static, half width"
