@@ -18,10 +18,7 @@ from qtrain.durations import duration
 from qtrain.errors import UsageError, did_you_mean
 from qtrain.experiment import Experiment, batch_inputs, penalty_of
 from qtrain.groups import bits_tree, latent_weights, parameter_groups
-from qtrain.inject import (
-    Rule,
-    quantize,
-)
+from qtrain.inject import Rule, quantize
 from qtrain.losses import Penalty, penalty_from_config
 from qtrain.losses.budget import Budget, budget_from_config, initial_controller
 from qtrain.losses.thresholds import thresholds_from_config

@@ -16,10 +16,10 @@ from qtrain import processes, workdir
 from qtrain.errors import Preempted
 from qtrain.programs import Programs
 
-_LAUNCHING_THREADS = 8  # each has the memory of a step
-
 if TYPE_CHECKING:
     from qtrain.train import Run
+
+_LAUNCHING_THREADS = 8  # each has the memory of a step
 
 
 class Interleaved:
@@ -28,6 +28,10 @@ class Interleaved:
     Where one CPU is the device, steps of different runs are under way at once: JAX carries out what one thread of
     Python launches in order, and the steps of small networks do not fill several cores. So each of a few threads
     launches the steps of its share of the runs. What a step computes is the same.
+
+    Args:
+      programs: of the runs.
+      count: how many runs there are.
     """
 
     def __init__(self, programs: Programs, count: int = 1):
@@ -38,7 +42,7 @@ class Interleaved:
         alone = jax.default_backend() == "cpu" and self._mesh.size == 1 and not several
         threads = min(count, os.cpu_count() or 1, _LAUNCHING_THREADS) if alone else 1
         self._launching = [ThreadPoolExecutor(1) for _ in range(threads)] if threads > 1 else []
-        self._compiled = False
+        self._compiled = False  # by one thread: two would both compile it
 
     def __call__(self, runs: Sequence[Run], batch: Any, stop: bool) -> Iterator[tuple[Run, Mapping[str, Any]]]:
         """Take a step of each of `runs`, and give it with what the step leaves; `stop`: this process is asked to."""
@@ -47,8 +51,7 @@ class Interleaved:
         def take(run: Run) -> tuple[Any, Mapping[str, Any]]:
             return self._step(run.state, batch, run.key, run.tables, *asks)
 
-        together = len(runs) > 1 and self._compiled  # by one thread: two would both compile it
-        threads = itertools.cycle(self._launching if together else ())
+        threads = itertools.cycle(self._launching if self._compiled else ())
         launched = [thread.submit(take, run) for run, thread in zip(runs, threads, strict=False)]
         for i, run in enumerate(runs):
             run.state, out = launched[i].result() if launched else take(run)

@@ -22,6 +22,11 @@ class Preempted(Exception):
     """SIGTERM, to any of the processes: the state was saved, the run can be resumed."""
 
 
+def one_line(error: Exception) -> str:
+    """The message of an error, which may have many lines, in one."""
+    return " ".join(str(error).split())
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the nearest of `choices`, or an empty string when nothing is near."""
     near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.5)

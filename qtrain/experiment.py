@@ -18,11 +18,7 @@ from qtrain.data import Dataset
 from qtrain.data.graphs import GraphSplit
 from qtrain.deficits import Deficit
 from qtrain.errors import UsageError
-from qtrain.inject import (
-    Plan,
-    QuantizedModel,
-    Weight,
-)
+from qtrain.inject import Plan, QuantizedModel, Weight
 from qtrain.inject.execution import Choice
 from qtrain.losses import Penalty
 from qtrain.losses.budget import Budget

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from qtrain.packing import Packed, unpack
 from qtrain.precision import Precision
 from qtrain.trees import leaf_name
 
@@ -119,12 +118,6 @@ def train_metrics(measured: tuple[str, ...], leaves: int = 0) -> type[metrics.Co
         bits_changes=metrics.Average.from_output("bits_changed"),
         **of_layers,
     )
-
-
-def unpacked(Averages: type[metrics.Collection], packed: Packed) -> metrics.Collection:
-    """A collection of what `qtrain.packing.pack` made of one."""
-    found: metrics.Collection = unpack(packed, jax.eval_shape(Averages.empty))
-    return found
 
 
 def bits_vector(precision: Precision) -> Array:

@@ -16,7 +16,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from qtrain.errors import UsageError, did_you_mean
+from qtrain.errors import UsageError, did_you_mean, one_line
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]*)(?:=(.*))?$", re.DOTALL)
 _ALLOWED: dict[type, str] = {
@@ -127,7 +127,7 @@ def _running(path: str, named: str) -> Iterator[None]:
         raise UsageError(f"{named}, line {error.lineno}: {error.msg}") from None
     except Exception as error:  # a config file is the user's program: whatever it raises is theirs to mend
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        message = " ".join(str(error).split())
+        message = one_line(error)
         raise UsageError(f"{named}, line {lines[-1] if lines else '?'}: {type(error).__name__}: {message}") from None
 
 
@@ -190,7 +190,7 @@ def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
 
 def _explain(error: Exception, command: str, config: ConfigDict, arguments: Sequence[str]) -> str:
     """A line for what absl or ml_collections raised."""
-    text = " ".join(str(error).split())
+    text = one_line(error)
     found = re.match(r"flag --config\.([\w.]+)=", text)
     if found is None:
         return f"{command}: {text[:400]}"

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from qtrain import sharding
-from qtrain.errors import UsageError
+from qtrain.errors import UsageError, one_line
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ def initialize(
     try:
         jax.distributed.initialize(coordinator, count, index)
     except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+        reason = one_line(error).rstrip(".")
         raise UsageError(
             f"--distributed: JAX detects no cluster here ({reason}); give --coordinator, --processes and --process"
         ) from error

@@ -16,8 +16,8 @@ from qtrain import cost
 from qtrain.additions import Additions
 from qtrain.cost import Ops, Total
 from qtrain.inject import QuantizedModel
-from qtrain.metrics import bits_vector, norms, train_metrics, unpacked
-from qtrain.packing import Packed, pack
+from qtrain.metrics import bits_vector, norms, train_metrics
+from qtrain.packing import Packed, pack, unpack
 from qtrain.precision import Precision
 from qtrain.tasks import IMAGES, Task
 
@@ -48,7 +48,7 @@ class TrainState:
       opt_state: of the optimizer.
       controller: what the method steers by, see `Additions`.
       bitops: BitOps spent so far.
-      metrics: averages since the last written row, packed, see `averages` and `qtrain.metrics.unpacked`.
+      metrics: averages since the last written row, packed, see `averages`.
       previous: see `Previous`.
     """
 
@@ -190,7 +190,7 @@ def make_train_step(
         )
         fresh = state.step % log_every == 0
         so_far = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), pack(Averages.empty()), state.metrics)
-        metrics = pack(unpacked(Averages, so_far).merge(measured))
+        metrics = pack(unpack(so_far, jax.eval_shape(Averages.empty)).merge(measured))
         bitops = cost.add(state.bitops, cost.bitops(ops, priced))
         if steering is not None:
             seen = {"step": state.step, "loss": loss, "grad_norm": whole["grad_norm"], "bitops": bitops}

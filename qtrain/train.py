@@ -23,7 +23,8 @@ from qtrain.config import check_keys
 from qtrain.drive import Interleaved, drive
 from qtrain.errors import Diverged
 from qtrain.experiment import Experiment, describe
-from qtrain.metrics import norm_rows, unpacked
+from qtrain.metrics import norm_rows
+from qtrain.packing import Packed, unpack
 from qtrain.programs import Programs
 from qtrain.progress import Progress
 from qtrain.schedules import BudgetKeeper
@@ -111,7 +112,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, self._quality)
         self.metadata: dict[str, Any] = {"elapsed": 0.0, "compilations": 0}
         self.state = self._initial_state(resume, loaded)
-        self._averages = averages(experiment.task, self.state.params, config.train.layer_norms)
+        self._averages = jax.eval_shape(averages(experiment.task, self.state.params, config.train.layer_norms).empty)
         self.start = int(self.state.step)
         self.writer = MetricsWriter(folder, self.start if self.start else None, enabled=processes.first())
         self.progress = Progress(
@@ -278,8 +279,8 @@ class Run:
             # By way of the host, so that what is computed of them is each process's own affair.
             values = jax.device_get((out["metrics"], out["bitops"]))
             last = -1 if self.per_dispatch > 1 else ...
-            packed, bitops = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[last]), values)
-            computed = unpacked(self._averages, packed).compute()
+            packed, bitops = jax.tree.map(lambda x: np.asarray(x)[last], values)
+            computed = self._averaged(packed)
             of_layers = computed.pop("layer_norms", None)
             values = {name: float(value) for name, value in computed.items()}
             if of_layers is not None:
@@ -296,6 +297,10 @@ class Run:
                 "steps_per_second": self.progress.steps_per_second,
             }
             self.writer.write(step, "train", row)
+
+    def _averaged(self, packed: Packed) -> dict[str, Any]:
+        """The averages in what a step packs, on the host."""
+        return jax.tree.map(jnp.asarray, unpack(packed, self._averages)).compute()
 
     def _evaluate(self, step: int, write: bool = True) -> None:
         self.evaluated, self.evaluated_at = self.evaluator(self.state), step
@@ -338,7 +343,7 @@ class Run:
         linear = self.experiment.linear_cost(self.schedules)
         return {
             "steps": int(self.state.step),
-            "train_loss": float(unpacked(self._averages, self.state.metrics).compute()["loss"]),
+            "train_loss": float(self._averaged(jax.device_get(self.state.metrics))["loss"]),
             **self.evaluated,
             "effective_bitops": effective,
             "static_bitops": static,

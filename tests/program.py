@@ -13,7 +13,7 @@ from qtrain import data
 from qtrain.build import build
 from qtrain.checkpoint import restore
 from qtrain.config import base_config, finish
-from qtrain.metrics import unpacked
+from qtrain.packing import unpack
 from qtrain.state import averages, make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,8 @@ class Steps:
     def __call__(self, batch):
         self.state, out = self.step(self.state, batch, self.key)
         Averages = averages(self.experiment.task, self.state.params, self.config.train.layer_norms)
-        return {name: float(value) for name, value in unpacked(Averages, out["metrics"]).compute().items()}
+        metrics = unpack(out["metrics"], jax.eval_shape(Averages.empty))
+        return {name: float(value) for name, value in metrics.compute().items()}
 
     def batches(self):
         return data.train_iterator(self.experiment.dataset, self.config.data.batch_size, self.config.data.seed)

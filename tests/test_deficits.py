@@ -56,7 +56,7 @@ def test_the_window_is_data_and_evaluation_sees_all():
 
 
 def test_a_sweep_shares_the_program(tmp_path):
-    from test_sweep import run, write
+    from sweep_program import run, write
 
     points = [{"deficit.length_percent": 0.0}, {"deficit.length_steps": 6}, {"optimizer.hold_steps": 6}]
     source = write(tmp_path, points, deficit__name="blur", train__layer_norms=True, train__steps_per_dispatch=3)

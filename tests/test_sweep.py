@@ -10,48 +10,20 @@ import numpy as np
 import pytest
 from absl import flags
 from program import MLP, final_state, finished, rows, start, summary
+from sweep_program import POINTS, points_of, run, write
 
 from qtrain import main, overrides, sweep, workdir
 from qtrain.errors import UsageError
 from qtrain.sweep import emit
 from qtrain.sweep.command import _about_the_config
-from qtrain.sweep.expand import expand, selected
-from qtrain.sweep.folder import ERRORS, SWEEP
+from qtrain.sweep.expand import selected
 from qtrain.sweep.sharing import differing
 from qtrain.train import Run, train
+from qtrain.workdir import ERRORS, SWEEP
 
-FILE = """
-from program import small_config
-
-def get_config(argument=""):
-    return small_config({arguments})
-
-def sweep():
-    return {points}
-"""
-POINTS = [
-    {"schedule.name": "CR", "seed": 0},
-    {"schedule.name": "constant", "schedule.bits": 6, "seed": 1, "optimizer.learning_rate": 0.01},
-    {"schedule.name": "RTH", "seed": 2, "optimizer.schedule": "linear", "optimizer.warmup_percent": 20.0},
-]
 OWN = {"optimizer.quant.learning_rate": 0.2}
 LAYERS = {"train__steps": 8, "eval__every_steps": 4, "checkpoint__every_steps": 4}
 LEARNED = {**LAYERS, "quant__weights": "lsq", "train__log_every_steps": 4}
-
-
-def write(folder, points, name="config.py", **arguments):
-    path = folder / name
-    path.write_text(FILE.format(points=points, arguments=", ".join(f"{k}={v!r}" for k, v in arguments.items())))
-    return str(path)
-
-
-def run(source, folder, *arguments):
-    return main.main(["sweep", "--config", source, "--workdir", str(folder), "--quiet", *arguments])
-
-
-def points_of(source, *arguments):
-    base = overrides.parse("sweep", flags.FlagValues(), ["--config", source, *arguments])
-    return expand(base, overrides.sweep(source), overrides.overridden(arguments))
 
 
 # --- points

@@ -12,7 +12,7 @@ import time
 
 import pytest
 from program import rows
-from test_sweep import POINTS, points_of, run, write
+from sweep_program import POINTS, points_of, run, write
 
 from qtrain.sweep import submit
 from qtrain.sweep.folder import LOGS

@@ -57,7 +57,7 @@ def _of_sweep(folder: Path, family: str, part: str) -> Iterator[dict[str, Any]]:
                 "overrides": point["overrides"],
                 "numbers": {key: summary[key] for key in SUMMARY},
                 "course": _course(run / "metrics.jsonl", part, by_layer=label["seed"] == 0),
-                "command": f"qtrain sweep --config {source['source']} --workdir {folder} {FLAGS}",
+                "command": f"qtrain sweep --config {source['source']} --workdir runs/critical/{folder.name} {FLAGS}",
                 "versions": config["versions"],
                 "hardware": f"{config['cores']} CPU cores" if config["backend"] == "cpu" else config["device"],
                 "date": datetime.date.fromtimestamp((run / "DONE").stat().st_mtime).isoformat(),

@@ -12,7 +12,7 @@ import jax
 from jax import export as jax_export
 from jax import lax
 
-from qtrain.errors import UsageError, did_you_mean
+from qtrain.errors import UsageError, did_you_mean, one_line
 from qtrain.export.model import Exported
 from qtrain.workdir import replace_file
 
@@ -61,7 +61,7 @@ def stablehlo(
         with _without_locations():
             return jax_export.export(jax.jit(logits), platforms=chosen)(batch)
     except (jax.errors.InconclusiveDimensionOperation, NotImplementedError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         if batch_size is None:
             raise UsageError(
                 f"stablehlo: the model cannot be written for a batch of any size ({reason}); give batch_size, as in "

@@ -13,9 +13,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from qtrain import overrides
 from qtrain.errors import Preempted, UsageError
-from qtrain.sweep.expand import Point, expand, selected
+from qtrain.sweep.expand import Point, resolved, selected
 from qtrain.sweep.folder import LOGS, Folder
 from qtrain.workdir import ERRORS
 
@@ -40,7 +39,7 @@ def run(arguments: list[str]) -> int:
         )
         print(f"usage: qtrain sweep --config FILE --workdir FOLDER [flags]\n{values.get_help()}")
         return 0
-    base = overrides.parse("sweep", values, arguments)
+    source, base, points = resolved(arguments, values)
     if not values.workdir:
         raise UsageError("--workdir is missing; give the folder of the sweep, such as --workdir runs/suite")
     if values.processes is not None and values.processes < 1:
@@ -56,9 +55,6 @@ def run(arguments: list[str]) -> int:
     for name in ("share", "separate"):
         if values[name].value != values[name].default and not values.vectorized:
             raise UsageError(f"--{name}: only of --vectorized; add it, or leave this out")
-    source = overrides.source_of(arguments)
-    assert source is not None
-    points = expand(base, overrides.sweep(source), overrides.overridden(arguments))
     chosen = selected(points, values.points)
     rest = _about_the_config(arguments, base)
     if values.emit != "none":
@@ -80,7 +76,7 @@ def _submit(values: flags.FlagValues, folder: Folder, chosen: Sequence[Point], a
     from qtrain.sweep import submit
 
     options = submit.options_of(values.submit_options)
-    made = submit.executor(values.submit, submit.logs(folder), options)
+    made = submit.executor(values.submit, str((folder.path / LOGS).resolve()), options)
     left = [point for point in chosen if not folder.finished(point)]
     if left:
         submit.submit(left, values.workdir, arguments, made)
@@ -146,10 +142,7 @@ class _Sweep:
 
     def failed(self, point: Point, error: Exception) -> None:
         """A point failed: the sweep goes on."""
-        kind = getattr(error, "kind", type(error).__name__)
-        message = " ".join(str(error).split()) or kind
-        self.failures[point.name] = message
-        self.folder.failed(point, kind, message)
+        self.failures[point.name] = message = self.folder.failed(point, error)
         print(f"qtrain: {point.name} failed: {message}", file=sys.stderr, flush=True)
 
     def _report(self, before: int) -> int:

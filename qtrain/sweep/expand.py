@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags
 from ml_collections import ConfigDict
 
 from qtrain import overrides as config_files
@@ -60,6 +61,22 @@ def expand(base: ConfigDict, points: Iterable[Mapping[str, Any]], given: Collect
     _refuse_twins(found)
     names = _names([changes for changes, _ in found])
     return [Point(index, names[index], *parts) for index, parts in enumerate(found)]
+
+
+def resolved(arguments: Sequence[str], values: flags.FlagValues | None = None) -> tuple[str, ConfigDict, list[Point]]:
+    """A command's config file, as given, its config, and the points of its ``sweep()``.
+
+    Args:
+      arguments: ``--config``, its overrides, and whatever else `values` has.
+      values: flags of the command, which are parsed with them.
+
+    Raises:
+      UsageError: for whatever is wrong with them.
+    """
+    base = config_files.parse("sweep", flags.FlagValues() if values is None else values, arguments)
+    source = config_files.source_of(arguments)
+    assert source is not None  # or parse had refused them
+    return source, base, expand(base, config_files.sweep(source), config_files.overridden(arguments))
 
 
 def selected(points: Sequence[Point], text: str | None) -> list[Point]:

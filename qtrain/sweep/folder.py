@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from qtrain.errors import UsageError
+from qtrain.errors import UsageError, one_line
 from qtrain.sweep.expand import Point
 from qtrain.workdir import DONE, ERRORS, SWEEP, write_json
 
@@ -76,12 +76,15 @@ class Folder:
             stored = self._read(SWEEP) or {}
             self._write(SWEEP, {**stored, "choices": {**stored.get("choices", {}), key: value}})
 
-    def failed(self, point: Point, kind: str, message: str) -> None:
-        """Record that a point failed, and why."""
+    def failed(self, point: Point, error: Exception) -> str:
+        """Record that a point failed, and why: the message, in a line."""
+        kind = getattr(error, "kind", type(error).__name__)
+        message = one_line(error) or kind
         at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         entry = {"index": point.index, "overrides": _plain(point.overrides), "kind": kind, "error": message, "at": at}
         with self._alone():
             self._write(ERRORS, {**(self._read(ERRORS) or {}), point.name: entry})
+        return message
 
     def succeeded(self, point: Point) -> None:
         """Forget what an earlier start recorded against it."""

@@ -9,12 +9,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
-from qtrain import overrides
-from qtrain.errors import Preempted, UsageError
-from qtrain.sweep.expand import Point, expand
-from qtrain.sweep.folder import LOGS, Folder
+from qtrain.errors import Preempted, UsageError, one_line
+from qtrain.sweep.expand import Point, resolved
+from qtrain.sweep.folder import Folder
 
 _POLL_SECONDS = 0.2
 # submitit's own are 5 minutes (2 locally) and 3 turns: a training run would be cut off, though it can go on.
@@ -69,21 +66,18 @@ class Job:
         from qtrain.sweep.separate import train_in_processes
 
         try:
-            source = overrides.source_of(self.arguments)
-            assert source is not None
-            base = overrides.parse("sweep", flags.FlagValues(), self.arguments)
-            points = expand(base, overrides.sweep(source), overrides.overridden(self.arguments))
-            folder, point = Folder(self.workdir, source, base, points), points[self.index]
+            source, base, points = resolved(self.arguments)
+            folder = Folder(self.workdir, source, base, points)
 
-            def failed(_: Point, error: Exception) -> None:
-                folder.failed(point, getattr(error, "kind", type(error).__name__), " ".join(str(error).split()))
+            def failed(point: Point, error: Exception) -> None:
+                folder.failed(point, error)
                 self._outcome.append(error)
 
-            def ended(_: Point, summary: dict[str, Any]) -> None:
+            def ended(point: Point, summary: dict[str, Any]) -> None:
                 folder.succeeded(point)
                 self._outcome.append(summary)
 
-            train_in_processes([point], folder, self.arguments, 1, self._stopped, failed, ended)
+            train_in_processes([points[self.index]], folder, self.arguments, 1, self._stopped, failed, ended)
         except Preempted:
             pass
         except Exception as error:
@@ -129,12 +123,12 @@ def executor(cluster: str, folder: str, options: dict[str, Any]) -> Any:
         made = submitit.AutoExecutor(folder=folder, cluster=cluster, **{f"{cluster}_max_num_timeout": _TURNS})
     except (RuntimeError, OSError) as error:
         raise UsageError(
-            f"--submit {cluster}: {_line(error)}; run it where jobs are submitted, or use --emit commands"
+            f"--submit {cluster}: {one_line(error)}; run it where jobs are submitted, or use --emit commands"
         ) from None
     try:
         made.update_parameters(**options)
     except (NameError, AssertionError, ValueError, TypeError) as error:
-        raise UsageError(f"--submit_options: {_line(error)}") from None
+        raise UsageError(f"--submit_options: {one_line(error)}") from None
     return made
 
 
@@ -142,11 +136,6 @@ def submit(points: Sequence[Point], workdir: str, arguments: Sequence[str], made
     """A job for each point, one array where the cluster has arrays: submitit's jobs."""
     with made.batch():
         return [made.submit(Job(workdir, point.index, arguments)) for point in points]
-
-
-def logs(folder: Folder) -> str:
-    """Where the jobs of a sweep log."""
-    return str((folder.path / LOGS).resolve())
 
 
 def _submitit() -> Any:
@@ -160,7 +149,3 @@ def _submitit() -> Any:
         if before is not None:
             os.environ[_LOGGING] = before
     return submitit
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -12,11 +12,9 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from absl import flags
-
-from qtrain import main, overrides
-from qtrain.errors import Preempted
-from qtrain.sweep.expand import expand
+from qtrain import main
+from qtrain.errors import Preempted, one_line
+from qtrain.sweep.expand import resolved
 
 
 def run(index: int, folder: str, arguments: Sequence[str]) -> int:
@@ -27,11 +25,8 @@ def run(index: int, folder: str, arguments: Sequence[str]) -> int:
     from qtrain.train import train
 
     try:
-        source = overrides.source_of(arguments)
-        assert source is not None
-        base = overrides.parse("sweep", flags.FlagValues(), arguments)
-        point = expand(base, overrides.sweep(source), overrides.overridden(arguments))[index]
-        train(point.config, folder, quiet=True)
+        _, _, points = resolved(arguments)
+        train(points[index].config, folder, quiet=True)
     except Preempted as stop:
         print(stop, flush=True)
         return main.PREEMPTED
@@ -39,8 +34,8 @@ def run(index: int, folder: str, arguments: Sequence[str]) -> int:
         import traceback
 
         traceback.print_exc()
-        message = " ".join(str(error).split())
-        print("\n" + json.dumps({"kind": type(error).__name__, "error": message}), file=sys.stderr, flush=True)
+        said = {"kind": type(error).__name__, "error": one_line(error)}
+        print("\n" + json.dumps(said), file=sys.stderr, flush=True)
         return main.DIVERGED
     return 0
 
