@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 
 from qtrain import processes, workdir
 from qtrain.errors import Preempted
+from qtrain.packing import Packed
 from qtrain.programs import Programs
 
 if TYPE_CHECKING:
     from qtrain.train import Run
 
+T = TypeVar("T")
 _LAUNCHING_THREADS = 8  # each has the memory of a step
 
 
@@ -35,7 +38,8 @@ class Interleaved:
     """
 
     def __init__(self, programs: Programs, count: int = 1):
-        self._step, self._mesh = programs.step, programs.mesh
+        self._programs, self._mesh = programs, programs.mesh
+        self._packed: dict[Run, Packed] = {}
         several = jax.process_count() > 1
         self._asks = {value: processes.flag(value, self._mesh) for value in (False, True)} if several else None
         # On several devices the steps wait for each other in collectives, and must come in one order.
@@ -48,18 +52,32 @@ class Interleaved:
         """Take a step of each of `runs`, and give it with what the step leaves; `stop`: this process is asked to."""
         asks = () if self._asks is None else (self._asks[stop],)
 
-        def take(run: Run) -> tuple[Any, Mapping[str, Any]]:
-            return self._step(run.state, batch, run.key, run.tables, *asks)
+        def take(run: Run) -> tuple[Packed, Mapping[str, Any]]:
+            packed = self._packed.pop(run, None)
+            if packed is None:
+                packed = self._programs.packed(run.state)
+            return self._programs.step(packed, batch, run.key, run.tables, *asks)
 
         threads = itertools.cycle(self._launching if self._compiled else ())
         launched = [thread.submit(take, run) for run, thread in zip(runs, threads, strict=False)]
         for i, run in enumerate(runs):
-            run.state, out = launched[i].result() if launched else take(run)
+            self._packed[run], out = launched[i].result() if launched else take(run)
             self._compiled = True
             yield run, out
 
+    def at_once(self, calls: Sequence[Callable[[], T]]) -> Iterable[Callable[[], T]]:
+        """What gives the result of each of `calls`, or raises what it raised, once the threads have made them."""
+        if not self._launching or not calls:
+            return calls
+        first = self._launching[0].submit(calls[0])
+        wait([first])  # what it compiles the others find
+        rest = (thread.submit(call) for call, thread in zip(calls[1:], itertools.cycle(self._launching), strict=False))
+        return [future.result for future in (first, *rest)]
+
     def settle(self, run: Run) -> None:
         """Bring ``run.state`` up to date."""
+        if run in self._packed:
+            run.state = self._programs.unpacked(self._packed[run])
 
 
 def drive(
@@ -90,19 +108,17 @@ def drive(
     step = min(run.start for run in runs)
     active = list(runs)
 
-    def each(of: Sequence[Run], work: Callable[..., Any], *arguments: Any) -> list[Any]:
-        found = []
-        for run in of:
-            try:
-                found.append(work(run, *arguments))
-            except Exception as error:
-                if failed is None:
-                    raise
-                active.remove(run)
-                failed(run, error)
-                with suppress(Exception):  # what failed may fail again, and the others go on
-                    run.close()
-        return found
+    def attempt(run: Run, work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except Exception as error:
+            if failed is None:
+                raise
+            active.remove(run)
+            failed(run, error)
+            with suppress(Exception):  # what failed may fail again, and the others go on
+                run.close()
+        return None
 
     def before(run: Run, step: int, stop: bool) -> None:
         if stop or run.due(step):
@@ -119,7 +135,6 @@ def drive(
         summary = run.end()
         run.close()
         processes.on_first(lambda: workdir.finish(run.folder, summary))
-        ended(run, summary)
         return summary
 
     batches = leader.experiment.train_batches(start_step=step, repeat=leader.config.data.repeat)
@@ -128,13 +143,24 @@ def drive(
             opened.enter_context(run)
         while step < total and active:
             stop = stopped.is_set() if jax.process_count() == 1 else leader.asked
-            each([run for run in active if run.start <= step], before, step, stop)
+            here = [run for run in active if run.start <= step]
+            calls: Iterable[Callable[[], None]] = [functools.partial(before, run, step, stop) for run in here]
+            if stop or any(run.due(step) for run in here):
+                calls = dispatch.at_once(calls)
+            for run, call in zip(here, calls, strict=True):
+                attempt(run, call)
             if stop:
                 raise Preempted(f"stopped by SIGTERM at step {step} of {total}; start again to resume")
             batch = leader._next(batches)
             here = [run for run in active if run.start <= step]
             step += leader.per_dispatch
             for run, out in dispatch(here, batch, stopped.is_set()):
-                each([run], after, step, out)
+                attempt(run, functools.partial(after, run, step, out))
             progress(step, len(active))
-        return each(list(active), finish)
+        summaries = []
+        ending = list(active)
+        for run, call in zip(ending, dispatch.at_once([functools.partial(finish, run) for run in ending]), strict=True):
+            if (summary := attempt(run, call)) is not None:
+                ended(run, summary)
+                summaries.append(summary)
+        return summaries

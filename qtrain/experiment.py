@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -146,13 +147,18 @@ class Experiment:
         steering = self.additions.steering
         if steering is not None and step > 0:
             raise UsageError(f"step {step}: {steering.controller.name} decides its bits while training")
+        return jax.tree.map(float, jax.device_get(self._compiled_precision(step)))
+
+    @functools.cached_property
+    def _compiled_precision(self) -> Callable[[int], Precision]:
+        """Compiled whole, once: a schedule's operations one by one would be a dozen programs."""
+        steering = self.additions.steering
 
         def precision(step: Any) -> Precision:
             found = self.precision(step)
             return found if steering is None else steering.precision(found, steering.begun())
 
-        # Compiled whole: a schedule's operations one by one would be a dozen programs.
-        return jax.tree.map(float, jax.device_get(jax.jit(precision)(step)))
+        return jax.jit(precision)
 
     def last_precision(self, state: TrainState) -> Precision:
         """The precision of the last of the steps that led to `state`; may be traced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,10 +15,12 @@ from qtrain import sharding
 from qtrain.evaluate import Evaluator
 from qtrain.experiment import Experiment
 from qtrain.layer_metrics import make_layer_metrics
+from qtrain.packing import Packed, pack, unpack
 from qtrain.state import TrainState, make_train_step, several_steps
 from qtrain.tables import Tables
 
 Array = jax.Array
+_JOINED = 32  # numbers at most in an array that is joined with others: counters, scales, averages
 
 
 class Programs:
@@ -29,8 +32,8 @@ class Programs:
 
     Attributes:
       shardings: where a state lies.
-      step: ``(state, batch, key, tables[, stop]) -> (state, outputs)``, donating the state; of several processes with a
-        part each of whether to stop.
+      step: ``(packed, batch, key, tables[, stop]) -> (packed, out)``, donating the state, which is `packed`; of several
+        processes with a part each of whether to stop. `left` reads what it leaves.
       in_use: the jitted function that takes the steps: `step`, or what maps `train_step` over several runs.
       measures: whether `layer_metrics` has anything.
       evaluator: of the state.
@@ -43,14 +46,28 @@ class Programs:
         abstract = jax.eval_shape(experiment.initial_state)
         self.shardings = sharding.placed_tree(mesh, abstract, experiment.config.mesh.fsdp_min_size)
         self.evaluator = Evaluator(experiment, mesh)
+        self._abstract = abstract
+        self._joined = [
+            leaf.size <= _JOINED and place.is_fully_replicated and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+            for leaf, place in zip(jax.tree.leaves(abstract), jax.tree.leaves(self.shardings), strict=True)
+        ]
+        self._left: Any = None  # the shapes of what a step leaves, known once one is traced
+        packed = jax.eval_shape(lambda state: pack(state, self._joined), abstract)["numbers"]
+        rest = [where for where, flag in zip(jax.tree.leaves(self.shardings), self._joined, strict=True) if not flag]
+        packed_shardings = {"numbers": dict.fromkeys(packed, everywhere), "arrays": rest}
         several = jax.process_count() > 1
+
+        def train_step(packed: Packed, batch: Any, key: Array, tables: Tables, *stop: Array) -> tuple[Packed, Any]:
+            state, out = self.train_step(unpack(packed, self._abstract, self._joined), batch, key, tables)
+            return pack(state, self._joined), {**out, "stop": jnp.any(stop[0])} if several else out
+
         graph = experiment.dataset.kind == "graph"
         self.batch = everywhere if graph else sharding.split(mesh, axis=int(self.per_dispatch > 1))
         self.step = jax.jit(
-            self._asking if several else self.train_step,
+            train_step,
             donate_argnums=0,
-            in_shardings=(self.shardings, self.batch, everywhere, everywhere, *[sharding.split(mesh)] * several),
-            out_shardings=(self.shardings, everywhere),
+            in_shardings=(packed_shardings, self.batch, everywhere, everywhere, *[sharding.split(mesh)] * several),
+            out_shardings=(packed_shardings, everywhere),
         )
         self.in_use: Any = self.step
         self._initial = jax.jit(
@@ -62,9 +79,12 @@ class Programs:
         self._measure = jax.jit(self._layer_metrics, out_shardings=everywhere)
 
     def train_step(self, state: TrainState, batch: Any, key: Array, tables: Tables) -> tuple[TrainState, Any]:
-        """A dispatch: a step, or several over batches stacked on a leading axis; pure, to be compiled."""
+        """A dispatch: a step, or several over batches stacked on a leading axis; pure, to be compiled.
+
+        What it leaves is packed: see `left`.
+        """
         experiment = self.experiment.bound(tables)
-        step = make_train_step(
+        one_step = make_train_step(
             experiment.qmodel,
             experiment.optimizer,
             experiment.precision,
@@ -75,7 +95,40 @@ class Programs:
             sharding.gather(self.mesh, experiment.config.mesh.fsdp_min_size),
             experiment.config.train.layer_norms,
         )
+
+        def step(state: TrainState, batch: Any, key: Array) -> tuple[TrainState, Packed]:
+            state, out = one_step(state, batch, key)
+            self._left = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), out)
+            return state, pack(out)
+
         return (several_steps(step) if self.per_dispatch > 1 else step)(state, batch, key)
+
+    def packed(self, state: TrainState) -> Packed:
+        """A state as `step` takes it: its small arrays joined, the others as they are."""
+        leaves, structure = jax.tree.flatten(state)
+        small = jax.device_get([leaf for leaf, flag in zip(leaves, self._joined, strict=True) if flag])
+        rest = iter(small)
+        leaves = [next(rest) if flag else leaf for leaf, flag in zip(leaves, self._joined, strict=True)]
+        packed = pack(jax.tree.unflatten(structure, leaves), self._joined)
+        return {**packed, "numbers": self.placed(packed["numbers"])}
+
+    def unpacked(self, packed: Packed) -> TrainState:
+        """The inverse of `packed`; the next step deletes those of its arrays that are not joined."""
+        on_host = {**packed, "numbers": jax.device_get(packed["numbers"])}
+        leaves, structure = jax.tree.flatten(unpack(on_host, self._abstract, self._joined))
+        joined = iter(self.placed([leaf for leaf, flag in zip(leaves, self._joined, strict=True) if flag]))
+        return jax.tree.unflatten(
+            structure, [next(joined) if flag else leaf for leaf, flag in zip(leaves, self._joined, strict=True)]
+        )
+
+    def left(self, out: Mapping[str, Any]) -> dict[str, Any]:
+        """What `step` leaves, by name, numbers on the host; of several steps in a dispatch each with an axis for them.
+
+        ``loss``, ``grad_norm``, ``bits``, ``bitops`` and ``metrics``: see `qtrain.state.make_train_step`.
+        """
+        on_host = {"numbers": jax.device_get(out["numbers"]), "arrays": out["arrays"]}
+        found: dict[str, Any] = unpack(on_host, self._left)
+        return found
 
     def initial_state(self, seed: int, tables: Tables) -> TrainState:
         """The state at step 0."""
@@ -103,12 +156,6 @@ class Programs:
         """How many programs the train step has: 1, or something made of data a constant."""
         # No public function tells how many programs a jitted function has.
         return self.in_use._cache_size()
-
-    def _asking(
-        self, state: TrainState, batch: Any, key: Array, tables: Tables, stop: Array
-    ) -> tuple[TrainState, dict[str, Any]]:
-        state, out = self.train_step(state, batch, key, tables)
-        return state, {**out, "stop": jnp.any(stop)}
 
     def _layer_metrics(self, state: TrainState, tables: Tables, q_max: Any, examples: Any) -> dict[str, Array]:
         measure = make_layer_metrics(self.experiment.bound(tables))

@@ -260,8 +260,9 @@ class Run:
             return
         step, out, layers = pending
         self.asked = bool(out.get("stop", False))
-        losses, norms = (np.atleast_1d(np.asarray(out[name])) for name in ("loss", "grad_norm"))
-        bits = np.asarray(out["bits"]).reshape(-1, 3)
+        left = self.programs.left(out)
+        losses, norms = np.atleast_1d(left["loss"]), np.atleast_1d(left["grad_norm"])
+        bits = left["bits"].reshape(-1, 3)
         finite = np.isfinite(losses) & np.isfinite(norms)
         if not np.all(finite):
             bad = int(np.argmin(finite))
@@ -276,10 +277,9 @@ class Run:
         quality = {self._quality: self.evaluated.get(self._quality)}  # of the last evaluation
         self.progress.update(step, loss=losses[-1], bits=bits[-1].tolist(), **quality)
         if step % self.config.train.log_every_steps == 0:
-            # By way of the host, so that what is computed of them is each process's own affair.
-            values = jax.device_get((out["metrics"], out["bitops"]))
             last = -1 if self.per_dispatch > 1 else ...
-            packed, bitops = jax.tree.map(lambda x: np.asarray(x)[last], values)
+            # By way of the host, so that what is computed of them is each process's own affair.
+            packed, bitops = jax.tree.map(lambda x: np.asarray(x)[last], (left["metrics"], left["bitops"]))
             computed = self._averaged(packed)
             of_layers = computed.pop("layer_norms", None)
             values = {name: float(value) for name, value in computed.items()}
@@ -328,7 +328,8 @@ class Run:
         if self.profile and step == first:
             jax.profiler.start_trace(str(self.folder / "profile"))
         elif self.profile and first < step and (step >= last or step == self.experiment.total_steps):
-            jax.block_until_ready(self.state)
+            if self.pending is not None:
+                jax.block_until_ready(dict(self.pending[1]))
             jax.profiler.stop_trace()
             self.profile = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qtrain.errors import UsageError
+from qtrain.packing import Packed, pack, unpack
 from qtrain.precision import Precision
 from qtrain.schedules.schedule import MOST_STEPS, Schedule, shown, whole_bits, whole_number
 
@@ -108,6 +109,27 @@ class Decided(Schedule):
 
     def __repr__(self) -> str:
         return f"{self.name}: one of {', '.join(map(str, self.values))}, decided while training"
+
+
+def where_ends(ends: Array, decide: Callable[..., State], state: State, *seen: Any) -> State:
+    """``decide(state, *seen)`` where an interval `ends`, else `state`; computed only there.
+
+    Numbers go in and out as one vector of each dtype: every array that enters costs something at each step. It is a
+    loop of no or one turn, since what a loop carries stays in place, where a select, and a cond on a CPU, would copy
+    every array of the state at each step.
+    """
+    of_state, of_seen = jax.eval_shape(lambda: (state, seen))
+    shown = pack(seen)
+
+    def decided(carried: tuple[Array, Packed]) -> tuple[Array, Packed]:
+        # The barrier keeps in the loop what does not depend on what it carries: XLA would compute it at each step.
+        before, known = jax.lax.optimization_barrier((carried[1], shown))
+        return jnp.zeros((), bool), pack(decide(unpack(before, of_state), *unpack(known, of_seen)))
+
+    begun = jax.lax.optimization_barrier(pack(state))
+    _, after = jax.lax.while_loop(lambda carried: carried[0], decided, (ends, begun))
+    found: State = unpack(after, of_state)
+    return found
 
 
 def levels_of(levels: Precision) -> Precision:

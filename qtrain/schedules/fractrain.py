@@ -10,7 +10,17 @@ import jax
 import jax.numpy as jnp
 
 from qtrain.precision import Precision
-from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels, whole
+from qtrain.schedules.controller import (
+    Array,
+    Controller,
+    Signals,
+    State,
+    levels_of,
+    number,
+    shown_levels,
+    where_ends,
+    whole,
+)
 
 COMPARED = 4
 """Epochs before the last one that its loss is compared with."""
@@ -41,9 +51,12 @@ class FracTrain(Controller):
 
     def update(self, state: State, signals: Signals) -> State:
         """The next level where an epoch ends and its loss is close to those of the four before it."""
-        total = state["total"] + signals.loss
         ends = (signals.step + 1) % self.interval == 0
-        mean = total / self.interval
+        return where_ends(ends, FracTrain._after_epoch, {**state, "total": state["total"] + signals.loss}, self)
+
+    @staticmethod
+    def _after_epoch(state: State, self: FracTrain) -> State:
+        mean = state["total"] / self.interval
         epochs = state["epochs"] + 1
         counted = jnp.minimum(epochs, self.scale_epochs)
         scale = jnp.where(
@@ -52,16 +65,13 @@ class FracTrain(Controller):
         losses = jnp.append(state["losses"][1:], mean)
         still = jnp.all(jnp.abs(losses[:-1] - mean) <= state["epsilon"] * scale) & (epochs > COMPARED)
         rises = still & (state["level"] < self.count - 1)
-        after = {
+        return {
             "level": state["level"] + rises,
             "epochs": epochs,
             "total": jnp.zeros(()),
             "losses": losses,
             "scale": scale,
             "epsilon": jnp.where(rises, self.alpha * state["epsilon"], state["epsilon"]),
-        }
-        return {
-            name: jnp.where(ends, value, total if name == "total" else state[name]) for name, value in after.items()
         }
 
     def metrics(self, state: State) -> dict[str, Array]:

@@ -8,10 +8,21 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qtrain.errors import UsageError
 from qtrain.precision import Precision
-from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels, whole
+from qtrain.schedules.controller import (
+    Array,
+    Controller,
+    Signals,
+    State,
+    levels_of,
+    number,
+    shown_levels,
+    where_ends,
+    whole,
+)
 from qtrain.schedules.schedule import FLOAT_BITS, whole_number
 
 VALUES = (8, 12, 14, 16, FLOAT_BITS)
@@ -33,7 +44,7 @@ class Muppet(Controller):
 
     def init(self, grads: Mapping[str, Any]) -> State:
         """Level 0, and no gradient seen."""
-        held = {name: jnp.zeros((self.window - 1, *leaf.shape), leaf.dtype) for name, leaf in grads.items()}
+        held = jnp.zeros((self.window - 1, sum(leaf.size for leaf in grads.values())))
         return {
             "level": jnp.zeros((), jnp.int32),
             "epochs": jnp.zeros((), jnp.int32),
@@ -46,14 +57,14 @@ class Muppet(Controller):
     def update(self, state: State, signals: Signals) -> State:
         """The next level at the end of the epoch in which the diversity has fallen too far once too often."""
         ends = (signals.step + 1) % self.interval == 0
-        # A loop of no or one turn: its carry stays where it is, where a select, and a cond on a CPU, would copy every
-        # held gradient at every step.
-        return jax.lax.fori_loop(
-            0, ends.astype(jnp.int32), lambda _, kept: self._after_epoch(kept, signals.grads), state
-        )
+        return where_ends(ends, Muppet._after_epoch, state, self, signals.grads)
 
-    def _after_epoch(self, state: State, grads: Mapping[str, Array]) -> State:
-        diversity = jnp.mean(jnp.stack([_diversity(state["gradients"][name], grad) for name, grad in grads.items()]))
+    @staticmethod
+    def _after_epoch(state: State, self: Muppet, grads: Mapping[str, Array]) -> State:
+        grad = jnp.concatenate([jnp.ravel(leaf) for leaf in grads.values()]).astype(jnp.float32)
+        ends = np.cumsum([leaf.size for leaf in grads.values()])
+        parts = zip(jnp.split(state["gradients"], ends[:-1], axis=1), jnp.split(grad, ends[:-1]), strict=True)
+        diversity = jnp.mean(jnp.stack([_diversity(held, new) for held, new in parts]))
         epochs = state["epochs"] + 1
         full = epochs >= self.window
         diversity = jnp.where(full, diversity, 0.0)
@@ -61,14 +72,14 @@ class Muppet(Controller):
         allowed = 1 + self.margin * jnp.exp(-self.margin_decay * state["epochs"])
         violations = state["violations"] + (full & (highest > allowed * diversity))
         rises = (violations >= self.violations) & (state["level"] < self.count - 1)
-        held = {name: jnp.concatenate([old[1:], grads[name][None]]) for name, old in state["gradients"].items()}
+        oldest = state["epochs"] % (self.window - 1)
         return {
             "level": state["level"] + rises,
             "epochs": epochs,
             "violations": jnp.where(rises, 0, violations),
             "diversity": diversity,
             "highest": jnp.where(rises, 0.0, highest),
-            "gradients": held,
+            "gradients": state["gradients"].at[oldest].set(grad),
         }
 
     def metrics(self, state: State) -> dict[str, Array]:
@@ -84,10 +95,10 @@ class Muppet(Controller):
 
 
 def _diversity(held: Array, grad: Array) -> Array:
-    """Σ‖g_k‖² / ‖Σ g_k‖² over the held gradients and this one; of zeros 1/r, as of any r equal gradients."""
-    every = jnp.concatenate([held, grad[None]]).astype(jnp.float32)
-    squares, of_sum = jnp.sum(every * every), jnp.sum(jnp.sum(every, axis=0) ** 2)
-    return jnp.where(squares > 0, squares / jnp.maximum(of_sum, jnp.finfo(jnp.float32).tiny), 1 / len(every))
+    """Σ‖g_k‖² / ‖Σ g_k‖² over those held [r − 1, n] and this one [n]; of zeros 1/r, as of any r equal gradients."""
+    squares = jnp.sum(held * held) + jnp.sum(grad * grad)
+    of_sum = jnp.sum((jnp.sum(held, axis=0) + grad) ** 2)
+    return jnp.where(squares > 0, squares / jnp.maximum(of_sum, jnp.finfo(jnp.float32).tiny), 1 / (len(held) + 1))
 
 
 def muppet(
