@@ -26,6 +26,7 @@ from qtrain.build import build
 from qtrain.config import base_config, finish
 from qtrain.programs import Programs
 from qtrain.sharding import make_mesh
+from qtrain.statistics import bootstrap_interval
 
 STEPS = 2000
 # Epochs of 20 steps: every round has decisions in it, more often than in training.
@@ -84,11 +85,11 @@ def measure(task: str, instances: int, rounds: int, steps: int) -> list[dict[str
     rows = []
     for name, of_instances in ratios.items():
         values = np.array(of_instances)  # [instances, wall and processor time]
-        drawn = values[rng.integers(0, instances, (2000, instances))].mean(axis=1)
         found = {}
         for side, what in enumerate(("wall", "processor")):
-            found[f"{what}_ratio_to_constant"] = _rounded(values[:, side].mean())
-            found[f"{what}_interval_95"] = _rounded(np.percentile(drawn[:, side], (2.5, 97.5)))
+            interval = bootstrap_interval(values[:, side])
+            found[f"{what}_ratio_to_constant"] = _rounded(interval.estimate)
+            found[f"{what}_interval_95"] = _rounded([interval.low, interval.high])
             found[f"{what}_of_instances"] = _rounded(values[:, side])
         rows.append(
             {

@@ -1,4 +1,4 @@
-"""Trees of many small arrays as a few: each array that a step takes and leaves costs it about two microseconds."""
+"""Trees of many small arrays as a few: each array that a step takes and leaves costs its dispatch."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Programs:
 
         def train_step(packed: Packed, batch: Any, key: Array, tables: Tables, *stop: Array) -> tuple[Packed, Any]:
             state, out = self.train_step(unpack(packed, self._abstract, self._joined), batch, key, tables)
-            return pack(state, self._joined), {**out, "stop": jnp.any(stop[0])} if several else out
+            return pack(state, self._joined), ({**out, "stop": jnp.any(stop[0])} if several else out)
 
         graph = experiment.dataset.kind == "graph"
         self.batch = everywhere if graph else sharding.split(mesh, axis=int(self.per_dispatch > 1))
@@ -105,21 +105,15 @@ class Programs:
 
     def packed(self, state: TrainState) -> Packed:
         """A state as `step` takes it: its small arrays joined, the others as they are."""
-        leaves, structure = jax.tree.flatten(state)
-        small = jax.device_get([leaf for leaf, flag in zip(leaves, self._joined, strict=True) if flag])
-        rest = iter(small)
-        leaves = [next(rest) if flag else leaf for leaf, flag in zip(leaves, self._joined, strict=True)]
-        packed = pack(jax.tree.unflatten(structure, leaves), self._joined)
+        leaves = zip(jax.tree.leaves(state), self._joined, strict=True)
+        packed = pack([np.asarray(leaf) if flag else leaf for leaf, flag in leaves], self._joined)
         return {**packed, "numbers": self.placed(packed["numbers"])}
 
     def unpacked(self, packed: Packed) -> TrainState:
         """The inverse of `packed`; the next step deletes those of its arrays that are not joined."""
         on_host = {**packed, "numbers": jax.device_get(packed["numbers"])}
-        leaves, structure = jax.tree.flatten(unpack(on_host, self._abstract, self._joined))
-        joined = iter(self.placed([leaf for leaf, flag in zip(leaves, self._joined, strict=True) if flag]))
-        return jax.tree.unflatten(
-            structure, [next(joined) if flag else leaf for leaf, flag in zip(leaves, self._joined, strict=True)]
-        )
+        state: TrainState = unpack(on_host, self._abstract, self._joined)
+        return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else self.placed(leaf), state)
 
     def left(self, out: Mapping[str, Any]) -> dict[str, Any]:
         """What `step` leaves, by name, numbers on the host; of several steps in a dispatch each with an axis for them.

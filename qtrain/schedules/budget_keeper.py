@@ -12,7 +12,7 @@ import numpy as np
 
 from qtrain.errors import UsageError
 from qtrain.precision import Precision
-from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels, where_ends
+from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels
 from qtrain.schedules.schedule import one_of, whole_number
 
 SIGNALS = ("loss", "grad_norm", "noise", "none")
@@ -69,11 +69,10 @@ class BudgetKeeper(Controller):
         step = jnp.asarray(signals.step, jnp.int32) + 1
         during = {**state, "totals": state["totals"] + jnp.stack([signals.loss, signals.grad_norm])}
         left = self._left(signals.bitops.high, signals.bitops.low)
-        after = where_ends(step % self.interval == 0, BudgetKeeper._after_interval, during, self, step, left)
+        after = self.where_ends(step % self.interval == 0, BudgetKeeper._after_interval, during, step, left)
         return {**after, "level": self._level(after, step)}
 
-    @staticmethod
-    def _after_interval(state: State, self: BudgetKeeper, step: Array, left: Array) -> State:
+    def _after_interval(self, state: State, step: Array, left: Array) -> State:
         value = jnp.log(jnp.maximum(state["totals"] / self.interval, jnp.finfo(jnp.float32).tiny))
         growth = value - state["last"]
         # The first interval has nothing to have grown from.

@@ -62,6 +62,27 @@ class Controller(abc.ABC):
     def update(self, state: State, signals: Signals) -> State:
         """The state after a step."""
 
+    def where_ends(self, ends: Array, decide: Callable[..., State], state: State, *seen: Any) -> State:
+        """``decide(self, state, *seen)`` where an interval `ends`, else `state`; computed only there: for `update`.
+
+        Numbers, those of the controller too, go in and out as one vector of each dtype: every array that enters costs
+        something at each step. It is a loop of no or one turn, since what a loop carries stays in place, where a
+        select, and a cond on a CPU, would copy every array of the state at each step.
+        """
+        of_state, of_known = jax.eval_shape(lambda: (state, (self, *seen)))
+        known = pack((self, *seen))
+
+        def decided(carried: tuple[Array, Packed]) -> tuple[Array, Packed]:
+            # The barrier keeps in the loop what does not depend on what it carries: XLA would compute it at each step.
+            packed, numbers = jax.lax.optimization_barrier((carried[1], known))
+            controller, *rest = unpack(numbers, of_known)
+            return jnp.zeros((), bool), pack(decide(controller, unpack(packed, of_state), *rest))
+
+        begun = jax.lax.optimization_barrier(pack(state))
+        _, after = jax.lax.while_loop(lambda carried: carried[0], decided, (ends, begun))
+        found: State = unpack(after, of_state)
+        return found
+
     def bits(self, state: State) -> Precision:
         """The bits of the next step, float32; None where a kind is not decided."""
         return jax.tree.map(lambda bits: jnp.asarray(bits)[state["level"]], self.levels)
@@ -109,27 +130,6 @@ class Decided(Schedule):
 
     def __repr__(self) -> str:
         return f"{self.name}: one of {', '.join(map(str, self.values))}, decided while training"
-
-
-def where_ends(ends: Array, decide: Callable[..., State], state: State, *seen: Any) -> State:
-    """``decide(state, *seen)`` where an interval `ends`, else `state`; computed only there.
-
-    Numbers go in and out as one vector of each dtype: every array that enters costs something at each step. It is a
-    loop of no or one turn, since what a loop carries stays in place, where a select, and a cond on a CPU, would copy
-    every array of the state at each step.
-    """
-    of_state, of_seen = jax.eval_shape(lambda: (state, seen))
-    shown = pack(seen)
-
-    def decided(carried: tuple[Array, Packed]) -> tuple[Array, Packed]:
-        # The barrier keeps in the loop what does not depend on what it carries: XLA would compute it at each step.
-        before, known = jax.lax.optimization_barrier((carried[1], shown))
-        return jnp.zeros((), bool), pack(decide(unpack(before, of_state), *unpack(known, of_seen)))
-
-    begun = jax.lax.optimization_barrier(pack(state))
-    _, after = jax.lax.while_loop(lambda carried: carried[0], decided, (ends, begun))
-    found: State = unpack(after, of_state)
-    return found
 
 
 def levels_of(levels: Precision) -> Precision:

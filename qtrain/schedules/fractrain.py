@@ -10,17 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from qtrain.precision import Precision
-from qtrain.schedules.controller import (
-    Array,
-    Controller,
-    Signals,
-    State,
-    levels_of,
-    number,
-    shown_levels,
-    where_ends,
-    whole,
-)
+from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels, whole
 
 COMPARED = 4
 """Epochs before the last one that its loss is compared with."""
@@ -52,10 +42,9 @@ class FracTrain(Controller):
     def update(self, state: State, signals: Signals) -> State:
         """The next level where an epoch ends and its loss is close to those of the four before it."""
         ends = (signals.step + 1) % self.interval == 0
-        return where_ends(ends, FracTrain._after_epoch, {**state, "total": state["total"] + signals.loss}, self)
+        return self.where_ends(ends, FracTrain._after_epoch, {**state, "total": state["total"] + signals.loss})
 
-    @staticmethod
-    def _after_epoch(state: State, self: FracTrain) -> State:
+    def _after_epoch(self, state: State) -> State:
         mean = state["total"] / self.interval
         epochs = state["epochs"] + 1
         counted = jnp.minimum(epochs, self.scale_epochs)

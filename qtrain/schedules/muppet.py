@@ -12,17 +12,7 @@ import numpy as np
 
 from qtrain.errors import UsageError
 from qtrain.precision import Precision
-from qtrain.schedules.controller import (
-    Array,
-    Controller,
-    Signals,
-    State,
-    levels_of,
-    number,
-    shown_levels,
-    where_ends,
-    whole,
-)
+from qtrain.schedules.controller import Array, Controller, Signals, State, levels_of, number, shown_levels, whole
 from qtrain.schedules.schedule import FLOAT_BITS, whole_number
 
 VALUES = (8, 12, 14, 16, FLOAT_BITS)
@@ -57,10 +47,9 @@ class Muppet(Controller):
     def update(self, state: State, signals: Signals) -> State:
         """The next level at the end of the epoch in which the diversity has fallen too far once too often."""
         ends = (signals.step + 1) % self.interval == 0
-        return where_ends(ends, Muppet._after_epoch, state, self, signals.grads)
+        return self.where_ends(ends, Muppet._after_epoch, state, signals.grads)
 
-    @staticmethod
-    def _after_epoch(state: State, self: Muppet, grads: Mapping[str, Array]) -> State:
+    def _after_epoch(self, state: State, grads: Mapping[str, Array]) -> State:
         grad = jnp.concatenate([jnp.ravel(leaf) for leaf in grads.values()]).astype(jnp.float32)
         ends = np.cumsum([leaf.size for leaf in grads.values()])
         parts = zip(jnp.split(state["gradients"], ends[:-1], axis=1), jnp.split(grad, ends[:-1]), strict=True)
