@@ -87,10 +87,11 @@ def _sensitivities(lines: Lines, part: str, names: list[str], xlabel: str, main:
 
 
 def _log(*axes: Axis) -> None:
-    """Logarithmic, with plain numbers at 1, 2 and 5, also where there is less than a decade."""
+    """Logarithmic, with plain numbers at 1, 2 and 5; at more where there is less than a decade."""
     for axis in axes:
+        low, high = axis.get_data_interval()
         axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
 
