@@ -118,6 +118,9 @@ class Run:
         self.progress = Progress(
             experiment.total_steps, self.start, elapsed_before=self.metadata["elapsed"], enabled=not quiet
         )
+        self._parts = ExitStack()
+        for part in (self.checkpoints, self.writer, self.progress):
+            self._parts.enter_context(part)
         self.evaluated: dict[str, float] = {}
         self.evaluated_at = -1
         self.pending: tuple[int, Mapping[str, Any], dict[str, Any]] | None = None
@@ -130,10 +133,6 @@ class Run:
         return drive([self], Interleaved(self.programs), stopped)[0]
 
     def __enter__(self) -> Run:
-        with ExitStack() as entered:
-            for part in (self.checkpoints, self.writer, self.progress):
-                entered.enter_context(part)
-            self._entered = entered.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -141,7 +140,7 @@ class Run:
 
     def close(self) -> None:
         """End what is being written; again: nothing."""
-        self._entered.close()
+        self._parts.close()
 
     def due(self, step: int) -> bool:
         """Whether the state is evaluated or saved before `step` is taken."""

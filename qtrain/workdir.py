@@ -118,15 +118,7 @@ def prepare(
             write_json(folder / CONFIG, {"program": "qtrain", "config": mine, **environment, "choices": {}})
             return "new"
 
-        stored = _read_run(folder)
-        if differences := list(_differences(_without_layout(stored["config"]), _without_layout(mine))):
-            shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
-            more = len(differences) - _SHOWN_DIFFERENCES
-            raise UsageError(
-                f"workdir: {str(folder)!r} holds another run (theirs != yours): {shown}"
-                + (f"; and {more} more" if more > 0 else "")
-                + "; choose another workdir, or the config that started this run"
-            )
+        stored = _same_run(folder, mine)
         if (folder / DONE).exists():
             return "done"
         with tempfile.TemporaryFile(dir=folder):  # access(2) is true for root on what it cannot write
@@ -140,6 +132,15 @@ def prepare(
             file=sys.stderr,
         )
     return "resume"
+
+
+def ended(workdir: str | os.PathLike[str], config: Mapping[str, Any]) -> bool:
+    """Whether `workdir` holds this run, and it has finished; `UsageError` if what has finished there is another."""
+    folder = Path(workdir)
+    if not (folder / DONE).exists():
+        return False
+    _same_run(folder, _as_json(config))
+    return True
 
 
 def read_config(workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -232,6 +233,20 @@ def _read_run(folder: Path) -> dict[str, Any]:
     stored = _read_json(folder / CONFIG)
     if stored.get("program") != "qtrain" or not isinstance(stored.get("config"), dict):
         raise UsageError(f"workdir: {str(folder)!r} is not a qtrain run: its {CONFIG} was written by something else")
+    return stored
+
+
+def _same_run(folder: Path, mine: Mapping[str, Any]) -> dict[str, Any]:
+    """What is stored of the run in `folder`; `UsageError` if it is of another config."""
+    stored = _read_run(folder)
+    if differences := list(_differences(_without_layout(stored["config"]), _without_layout(mine))):
+        shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+        more = len(differences) - _SHOWN_DIFFERENCES
+        raise UsageError(
+            f"workdir: {str(folder)!r} holds another run (theirs != yours): {shown}"
+            + (f"; and {more} more" if more > 0 else "")
+            + "; choose another workdir, or the config that started this run"
+        )
     return stored
 
 

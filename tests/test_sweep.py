@@ -93,6 +93,9 @@ def test_mistakes_are_found_before_anything_runs(points, arguments, pattern, tmp
         (("--workdir", "x", "--share", "vmap"), "--share: only of --vectorized"),
         (("--workdir", "x", "--points", "7"), "--points 7: '7' is none of the points 0-2"),
         (("--workdir", "x", "--emit", "slurmm"), "slurm"),
+        (("--workdir", "x", "--emit", "slurm", "--vectorized"), "--emit trains nothing; leave out --vectorized"),
+        (("--workdir", "x", "--emit", "slurm", "--submit", "slurm"), "leave out --emit, or --submit"),
+        (("--workdir", "x", "--vectorized", "--share", "vmap", "--config.mesh.fsdp=2"), "--share vmap: mesh.fsdp"),
     ],
 )
 def test_flags_that_do_not_go(arguments, pattern, tmp_path, capsys, monkeypatch):

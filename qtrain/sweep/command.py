@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from qtrain.errors import Preempted, UsageError
 from qtrain.sweep.expand import Point, resolved, selected
-from qtrain.sweep.folder import LOGS, Folder
+from qtrain.sweep.folder import LOGS, Folder, as_begun
 from qtrain.workdir import ERRORS
 
 EMITS = ("none", "commands", "slurm")
@@ -46,15 +46,19 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"--processes {values.processes}: give at least 1")
     if values.vectorized and values.processes is not None:
         raise UsageError("--vectorized is one process; leave out --processes, or --vectorized")
-    if values.submit != "none":
-        for name in ("vectorized", "processes", "emit"):
-            if values[name].value != values[name].default:
-                raise UsageError(f"--submit makes each point a job of its own; leave out --{name}, or --submit")
-    elif values.submit_options:
+    others = {"submit": "makes each point a job of its own", "emit": "trains nothing"}
+    for flag, does in others.items():
+        if values[flag].value == "none":
+            continue
+        for name in ("vectorized", "processes", *others):
+            if name != flag and values[name].value != values[name].default:
+                raise UsageError(f"--{flag} {does}; leave out --{name}, or --{flag}")
+    if values.submit_options and values.submit == "none":
         raise UsageError("--submit_options: only of --submit; add it, or leave this out")
     for name in ("share", "separate"):
         if values[name].value != values[name].default and not values.vectorized:
             raise UsageError(f"--{name}: only of --vectorized; add it, or leave this out")
+    points = as_begun(points, values.workdir)
     chosen = selected(points, values.points)
     rest = _about_the_config(arguments, base)
     if values.emit != "none":
@@ -64,6 +68,8 @@ def run(arguments: list[str]) -> int:
         return 0
     if values.submit != "none":
         return _submit(values, Folder(values.workdir, source, base, points), chosen, rest)
+    if values.share == "vmap" and any(point.config.mesh.fsdp != 1 for point in chosen):
+        raise UsageError("--share vmap: mesh.fsdp splits each state over the devices; give --share interleave")
     if values.vectorized and not values.separate:
         from qtrain.sweep.sharing import check
 
@@ -197,6 +203,8 @@ def _about_the_config(arguments: Sequence[str], base: ConfigDict) -> list[str]:
     kept, following = [], iter(arguments)
     for argument in following:
         name, equals, _ = argument.lstrip("-").partition("=")
+        if not argument.startswith("-"):  # the value of a flag
+            continue
         if name != "config" and not name.removeprefix("no").startswith("config."):
             continue
         flag = base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -30,6 +31,12 @@ class Point:
     name: str
     overrides: dict[str, Any]
     config: ConfigDict
+
+    @property
+    def digest(self) -> str:
+        """Of the config: another process that makes the same point of the config file finds the same."""
+        text = json.dumps(self.config.to_dict(), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def expand(base: ConfigDict, points: Iterable[Mapping[str, Any]], given: Collection[str] = ()) -> list[Point]:

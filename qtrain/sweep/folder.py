@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from qtrain import workdir
 from qtrain.errors import UsageError, one_line
 from qtrain.sweep.expand import Point
-from qtrain.workdir import DONE, ERRORS, SWEEP, write_json
+from qtrain.workdir import ERRORS, SWEEP, write_json
 
 LOGS = "logs"
+_PROGRAM = "qtrain sweep"
 
 
 class Folder:
@@ -33,8 +36,9 @@ class Folder:
 
     def __init__(self, path: str, source: str, base: ConfigDict, points: Sequence[Point]):
         self.path = Path(path)
+        self._finished: set[int] = set()
         mine = {
-            "program": "qtrain sweep",
+            "program": _PROGRAM,
             "source": source,
             "base": json.loads(json.dumps(base.to_dict())),
             "points": [{"index": p.index, "name": p.name, "overrides": _plain(p.overrides)} for p in points],
@@ -52,6 +56,9 @@ class Folder:
                 raise UsageError(
                     f"--workdir {path!r} holds {strange[0]!r} and no {SWEEP}; give a new or an empty folder"
                 )
+            recorded = self._read(ERRORS) or {}
+            if left := {name: recorded[name] for name in recorded if name not in names}:
+                self._write(ERRORS, {name: entry for name, entry in recorded.items() if name not in left})
         else:
             self._check(stored, mine)
         current = {**mine, "choices": (stored or {}).get("choices", {})}
@@ -63,8 +70,10 @@ class Folder:
         return self.path / point.name
 
     def finished(self, point: Point) -> bool:
-        """Whether its run has ended."""
-        return (self.run(point) / DONE).exists()
+        """Whether its run has ended; `UsageError` if its folder has another one that has."""
+        if point.index not in self._finished and workdir.ended(self.run(point), point.config.to_dict()):
+            self._finished.add(point.index)
+        return point.index in self._finished
 
     def choice(self, key: str) -> Any:
         """What `choose` recorded, or None."""
@@ -93,13 +102,9 @@ class Folder:
             if errors.pop(point.name, None) is not None:
                 self._write(ERRORS, errors)
 
-    def errors(self) -> dict[str, Any]:
-        """Name of a failed point → what is recorded of it."""
-        return self._read(ERRORS) or {}
-
     def _begun(self, stored: dict[str, Any]) -> bool:
         """Whether a point of a manifest has a run; True of what is none."""
-        if stored.get("program") != "qtrain sweep":
+        if stored.get("program") != _PROGRAM:
             return True
         return any((self.path / point["name"]).exists() for point in stored["points"])
 
@@ -118,15 +123,7 @@ class Folder:
                 raise UsageError(f"{other}: its config has {key}={then!r:.80}, now {now!r:.80}; give a new folder")
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        try:
-            value = json.loads((self.path / name).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{str(self.path / name)!r} cannot be read ({error}); put it back, or remove it") from None
-        if not isinstance(value, dict):
-            raise UsageError(f"{str(self.path / name)!r} is damaged (no JSON object); put it back, or remove it")
-        return value
+        return _read(self.path / name)
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         try:
@@ -148,6 +145,35 @@ class Folder:
             with contextlib.suppress(OSError):  # some file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def as_begun(points: Sequence[Point], path: str) -> list[Point]:
+    """The points with the names that they have in the folder: one that is added may make longer names necessary.
+
+    Raises:
+      UsageError: the folder's manifest cannot be read.
+    """
+    stored = _read(Path(path) / SWEEP) or {}
+    entries = stored["points"] if stored.get("program") == _PROGRAM else []
+    names = {entry["index"]: entry["name"] for entry in entries}
+    same = {entry["index"] for entry, point in zip(entries, points, strict=False) if _same(entry, point)}
+    return [dataclasses.replace(p, name=names[p.index]) if p.index in same else p for p in points]
+
+
+def _same(entry: dict[str, Any], point: Point) -> bool:
+    return bool(entry["index"] == point.index and entry["overrides"] == _plain(point.overrides))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read ({error}); put it back, or remove it") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{str(path)!r} is damaged (no JSON object); put it back, or remove it")
+    return value
 
 
 def _plain(overrides: dict[str, Any]) -> dict[str, Any]:

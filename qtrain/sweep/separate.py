@@ -9,8 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from qtrain.errors import Preempted
 from qtrain.main import PREEMPTED
@@ -86,72 +85,96 @@ def train_in_processes(
       failed, ended: told of each point.
 
     Raises:
-      Preempted: when stopped, once they all have ended.
+      Preempted: when stopped, once they all have ended; or once the others have, where a process was stopped alone.
     """
 
     waiting = list(points)
-    under_way: dict[int, tuple[Point, subprocess.Popen[bytes]]] = {}
+    under_way: list[_Process] = []
+    left: list[str] = []
     (folder.path / LOGS).mkdir(parents=True, exist_ok=True)
     try:
         while waiting or under_way:
             while waiting and len(under_way) < count and not stopped.is_set():
                 point = waiting.pop(0)
-                under_way[point.index] = point, _start(point, folder, arguments, count)
+                under_way.append(_Process(point, folder, arguments, count))
             if stopped.is_set():
                 break
-            for index, (point, process) in list(under_way.items()):
-                if process.poll() is not None:
-                    del under_way[index]
-                    _conclude(point, process, folder, failed, ended)
+            for process in [process for process in under_way if process.has_ended()]:
+                under_way.remove(process)
+                if not process.conclude(failed, ended):
+                    left.append(process.point.name)
             time.sleep(_POLL_SECONDS)
     finally:
-        for _, process in under_way.values():
-            _close(process.stdin)
-        for point, process in under_way.values():
-            process.wait()
-            _conclude(point, process, folder, failed, ended)
+        for process in under_way:
+            process.ask_to_stop()
+        for process in under_way:
+            process.conclude(failed, ended)
     if stopped.is_set():
         raise Preempted("stopped; start again to resume")
+    if left:
+        raise Preempted(f"stopped by a signal of their own: {', '.join(left)}; start again to resume")
 
 
-def _start(point: Point, folder: Folder, arguments: Sequence[str], count: int) -> subprocess.Popen[bytes]:
-    environment = {**os.environ}
-    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.3f}")  # each would take most of a GPU
-    command = [sys.executable, "-m", "qtrain.sweep.worker", str(point.index), str(folder.run(point)), *arguments]
-    with open(_log(point, folder), "ab") as log:
-        # In a session of its own, so that Ctrl-C comes to this process alone, which then stops them.
-        return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, start_new_session=True
-        )
+class _Process:
+    """A point's process, started.
 
+    Args:
+      point: that it trains.
+      folder: of the sweep.
+      arguments: ``--config`` and its overrides.
+      count: processes at a time.
+    """
 
-def _conclude(point: Point, process: subprocess.Popen[bytes], folder: Folder, failed: Failed, ended: Ended) -> None:
-    _close(process.stdin)
-    if process.returncode == PREEMPTED:
-        return
-    if folder.finished(point):
-        ended(point, json.loads((folder.run(point) / SUMMARY).read_bytes()))
-        return
-    last = _last_line(_log(point, folder))
-    try:
-        told = json.loads(last)
-        error: Exception = Refused(told["kind"], told["error"])
-    except (ValueError, KeyError, TypeError):
-        error = Crashed(f"the process ended with {process.returncode}: {last or 'it wrote nothing'}")
-    failed(point, error)
+    def __init__(self, point: Point, folder: Folder, arguments: Sequence[str], count: int):
+        self.point, self._folder = point, folder
+        environment = {**os.environ}
+        environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{0.9 / count:.3f}")  # each would take most of a GPU
+        named = str(point.index), point.digest, str(folder.run(point))
+        self._log = folder.path / LOGS / f"{point.name}.txt"
+        with open(self._log, "ab") as log:
+            self._begin = os.fstat(log.fileno()).st_size  # what is before is of an earlier process
+            # In a session of its own, so that Ctrl-C comes to this process alone, which then stops them.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "qtrain.sweep.worker", *named, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+            )
 
+    def has_ended(self) -> bool:
+        """Whether it has, in whatever way."""
+        return self._process.poll() is not None
 
-def _log(point: Point, folder: Folder) -> Path:
-    return folder.path / LOGS / f"{point.name}.txt"
+    def ask_to_stop(self) -> None:
+        """By closing its standard input."""
+        stream = self._process.stdin
+        if stream is not None and not stream.closed:
+            stream.close()
 
+    def conclude(self, failed: Failed, ended: Ended) -> bool:
+        """Wait for its end and tell of it; False: it was stopped, and there is nothing to tell."""
+        self._process.wait()
+        self.ask_to_stop()  # a pipe to close
+        code = self._process.returncode
+        if code == PREEMPTED:
+            return False
+        if self._folder.finished(self.point):
+            ended(self.point, json.loads((self._folder.run(self.point) / SUMMARY).read_bytes()))
+            return True
+        last = self._last_line()
+        try:
+            told = json.loads(last if code > 0 else "{}")  # one that a signal ended says nothing
+            error: Exception = Refused(told["kind"], told["error"])
+        except (ValueError, KeyError, TypeError):
+            how = f"signal {-code}" if code < 0 else f"exit code {code}"
+            error = Crashed(f"the process ended with {how}: {last or 'it wrote nothing'}")
+        failed(self.point, error)
+        return True
 
-def _last_line(path: Path) -> str:
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
-        lines = file.read().decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else ""
-
-
-def _close(stream: IO[bytes] | None) -> None:
-    if stream is not None and not stream.closed:
-        stream.close()
+    def _last_line(self) -> str:
+        with open(self._log, "rb") as file:
+            file.seek(self._begin)
+            lines = file.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""

@@ -43,7 +43,10 @@ def structure(point: Point) -> dict[str, Any]:
 
     Points with the same structure share a program, but for what their schedules have to have in common: `vary`.
     """
-    config = point.config.to_dict()
+    return _structure(point.config.to_dict())
+
+
+def _structure(config: dict[str, Any]) -> dict[str, Any]:
     found = {key: json.dumps(value, default=str) for key, value in leaves(config)}
     optimizer = config["optimizer"]
     kept = []
@@ -55,9 +58,8 @@ def structure(point: Point) -> dict[str, Any]:
     if own or optimizer["name"] in TRANSITION or "learned_width" in json.dumps(config["quant"], default=str):
         kept.append(r"optimizer\.learning_rate")  # other rates are a factor of it, or begin with it
     if optimizer["name"] in TRANSITION:
-        kept.append(
-            r"optimizer\.(decay_factor|boundaries_percent|(hold|restart)_\w+)"
-        )  # of the target, which is no table
+        # Of the target, which is no table.
+        kept.append(r"optimizer\.(decay_factor|boundaries_percent|(decay|cooldown)_percent|(hold|restart)_\w+)")
     kept_keys = re.compile("|".join(kept) or "(?!)")
     result = {key: value for key, value in found.items() if not DATA.fullmatch(key) or kept_keys.fullmatch(key)}
     for name, term in config["losses"].items():
@@ -82,9 +84,8 @@ def check(points: Sequence[Point]) -> None:
     """
     keys = differing(points)
     if keys:
-        more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
         raise UsageError(
-            f"--vectorized: the points differ in {', '.join(keys[:_SHOWN])}{more}, which no step takes as data "
+            f"--vectorized: the points differ in {_listed(keys)}, which no step takes as data "
             "(schedules, seed, learning rate and loss rates are); add --separate for a program for each group of "
             "points that can share one, or leave out --vectorized"
         )
@@ -116,41 +117,64 @@ def vary(base: Experiment, point: Point) -> Experiment:
         controller = controller_of(config, schedule, base.widths, base.total_steps, steps_per_epoch)
         if (problem := _another_program(base, schedule, controller)) is not None:
             raise NotTogether(
-                f"--vectorized: point {point.index} has {problem}, and the first of the points has not; add --separate "
-                "for a program of its own, or leave out --vectorized"
+                f"--vectorized: point {point.index} has {problem}, and the first of the points has not: they differ in "
+                f"{_listed(_schedule_keys(base, point))}; add --separate for a program of its own, or leave out "
+                "--vectorized"
             )
     assert base.widths is not None
     fields = config.optimizer.to_dict()
     rate = learning_rate_schedule(fields, base.total_steps, steps_per_epoch, base.steps_per_update)
+    steered = base.steered_by(controller)
+    deficit = deficit_from_config(config.deficit, base.dataset, base.total_steps, steps_per_epoch)
     return dataclasses.replace(
-        base.steered_by(controller),
+        steered,
         config=config,
         schedule=schedule,
         learning_rate=rate,
         losses=losses_of(config, base.widths, schedule.q_max, base.total_steps),
-        deficit=deficit_from_config(config.deficit, base.dataset, base.total_steps, steps_per_epoch),
+        deficit=deficit,
+        # Quantizers begin with the first batch as it is observed; to the step its window is data.
+        additions=steered.additions if deficit is None else dataclasses.replace(steered.additions, observed=deficit),
     )
+
+
+def program_key(experiment: Experiment) -> str:
+    """Text that experiments have in common which can share a program, and others of one sweep do not."""
+    floats = [bits is None or bits >= FLOAT_BITS for bits in vars(experiment.q_max).values()]
+    made = _structure(experiment.config.to_dict()), str(_form(experiment.controller)), floats
+    return json.dumps(made, sort_keys=True)
 
 
 def _another_program(base: Experiment, schedule: PrecisionSchedule, controller: Controller | None) -> str | None:
     """Why a schedule needs another program than `base`; None if it does not."""
     if _form(controller) != _form(base.controller):
         if controller is None:
-            return "bits that no controller decides (schedule.name)"
-        return f"bits that {controller.name} decides (schedule.name), with so many levels and so large a state,"
+            return "bits that no controller decides"
+        return f"bits that {controller.name} decides, by so many levels and with a state of that size"
     mine, theirs = schedule.q_max, base.q_max
     for kind in KINDS:
         here, there = (bits is None or bits >= FLOAT_BITS for bits in (getattr(mine, kind), getattr(theirs, kind)))
         if here != there and (
             _latent_matters(base) or (getattr(mine, kind) is None) != (getattr(theirs, kind) is None)
         ):
-            return f"{kind} in float throughout (schedule)" if here else f"quantized {kind} (schedule)"
+            return f"{kind} in float throughout" if here else f"quantized {kind}"
     if base.config.budget.unit != "none" and mine != theirs:
-        return f"a schedule up to {_bits(mine)} bits, which the budget is relative to,"
+        return f"a schedule up to {_bits(mine)} bits, which the budget is relative to"
     ends = [narrowest_of(one, base.total_steps, base.qmodel.rules) for one in (schedule, base.schedule)]
     if any(rule.execution != "fake" for rule in base.qmodel.rules) and (mine, ends[0]) != (theirs, ends[1]):
-        return f"a schedule up to {_bits(mine)} bits, by which quant.execution chooses,"
+        return f"a schedule up to {_bits(mine)} bits, by which quant.execution chooses"
     return None
+
+
+def _schedule_keys(base: Experiment, point: Point) -> list[str]:
+    """The keys of its schedule in which a point differs from `base`."""
+    mine, theirs = (dict(leaves({"schedule": config.schedule.to_dict()})) for config in (point.config, base.config))
+    return [key for key in dict.fromkeys([*mine, *theirs]) if mine.get(key) != theirs.get(key)]
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(keys[:_SHOWN]) + more
 
 
 def _form(controller: Controller | None) -> Any:

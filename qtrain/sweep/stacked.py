@@ -34,8 +34,8 @@ class Stacked:
 
     def __init__(self, programs: Programs, runs: Sequence[Run]):
         self._programs, self._places = programs, {run.folder: index for index, run in enumerate(runs)}
-        count = math.gcd(len(runs), jax.device_count())
-        mesh = Mesh(np.array(jax.devices()[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+        count = math.gcd(len(runs), programs.mesh.size)
+        mesh = Mesh(programs.mesh.devices.reshape(-1)[:count], (AXIS,), axis_types=(AxisType.Auto,))
         self._split, self._whole = NamedSharding(mesh, PartitionSpec(AXIS)), NamedSharding(mesh, PartitionSpec())
         self._step = jax.jit(self._steps, donate_argnums=0, out_shardings=self._split)
         self._take = jax.jit(lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree))

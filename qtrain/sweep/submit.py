@@ -11,7 +11,7 @@ from typing import Any
 
 from qtrain.errors import Preempted, UsageError, one_line
 from qtrain.sweep.expand import Point, resolved
-from qtrain.sweep.folder import Folder
+from qtrain.sweep.folder import Folder, as_begun
 
 _POLL_SECONDS = 0.2
 # submitit's own are 5 minutes (2 locally) and 3 turns: a training run would be cut off, though it can go on.
@@ -67,6 +67,7 @@ class Job:
 
         try:
             source, base, points = resolved(self.arguments)
+            points = as_begun(points, self.workdir)
             folder = Folder(self.workdir, source, base, points)
 
             def failed(point: Point, error: Exception) -> None:

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import threading
 import zlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
-
-import jax
 
 from qtrain import workdir
 from qtrain.drive import Interleaved, drive
-from qtrain.errors import UsageError
+from qtrain.errors import Preempted, UsageError
 from qtrain.programs import Programs
 from qtrain.progress import Progress
 from qtrain.start import as_started, loaded, prepared
 from qtrain.sweep.expand import Point
 from qtrain.sweep.folder import Folder
-from qtrain.sweep.sharing import NotTogether, structure, vary
+from qtrain.sweep.sharing import NotTogether, program_key, vary
 from qtrain.sweep.stacked import Stacked, chosen, known, measured
 from qtrain.train import Run
 
@@ -69,9 +67,28 @@ def train_together(
       Preempted: when stopped.
     """
     runs, owners, rest, programs = _prepare(points, folder, asked, failed)
+    over: set[Run] = set()
+
+    def run_failed(run: Run, error: Exception) -> None:
+        over.add(run)
+        failed(owners[run], error)
+
+    def run_ended(run: Run, summary: dict[str, Any]) -> None:
+        over.add(run)
+        ended(owners[run], summary)
+
     if runs:
         assert programs is not None
-        _drive(runs, owners, programs, folder, asked, stopped, failed, ended, say)
+        try:
+            _drive(runs, programs, folder, asked, stopped, run_failed, run_ended, say)
+        except Preempted:
+            raise
+        except Exception as error:  # of what they share: compiling, memory, data
+            for run in runs:
+                if run not in over:
+                    run_failed(run, error)
+                    with suppress(Exception):
+                        run.close()
     if rest:
         train_together(rest, folder, asked, stopped, failed, ended, say)
 
@@ -125,26 +142,25 @@ def _prepare(
 
 def _drive(
     runs: list[Run],
-    owners: dict[Run, Point],
     programs: Programs,
     folder: Folder,
     asked: Asked,
     stopped: threading.Event,
-    failed: Failed,
-    ended: Callable[[Point, dict[str, Any]], None],
+    failed: Callable[[Run, Exception], None],
+    ended: Callable[[Run, dict[str, Any]], None],
     say: Say,
 ) -> None:
     total, start = runs[0].experiment.total_steps, min(run.start for run in runs)
-    key = f"share {zlib.crc32(json.dumps(structure(owners[runs[0]]), sort_keys=True).encode()):08x}"
+    key = f"share {zlib.crc32(program_key(runs[0].experiment).encode()):08x}"
     dispatch = _dispatch(runs, programs, key, folder, asked, say) if start < total else Interleaved(programs)
     with Progress(total, start, enabled=not asked.quiet) as progress:
         drive(
             runs,
             dispatch,
             stopped,
-            failed=lambda run, error: failed(owners[run], error),
-            ended=lambda run, summary: ended(owners[run], summary),
-            progress=lambda step, active: progress.update(step, points=active),
+            failed,
+            ended,
+            lambda step, active: progress.update(step, points=active),
         )
     say(f"{len(runs)} points, {programs.compilations()} compiled train step{'s' * (programs.compilations() != 1)}")
 
@@ -158,8 +174,6 @@ def _dispatch(
     stacked: Stacked | None = None
     if asked.share != "auto":
         way, why = asked.share, "as asked"
-        if way == "vmap" and programs.experiment.config.mesh.fsdp != 1:
-            raise UsageError("--share vmap: mesh.fsdp splits each state over the devices; give --share interleave")
     elif recorded is not None:
         way, why = recorded, "as before"
     elif fixed is not None:
@@ -173,7 +187,7 @@ def _dispatch(
         why = f"measured, a step of all: vmap {shown['vmap']}, interleaved {shown['interleave']}"
     if recorded is None and (asked.share != "auto" or fixed is None):
         folder.choose(key, way)
-    devices = math.gcd(len(runs), jax.device_count()) if way == "vmap" else runs[0].mesh.size
+    devices = math.gcd(len(runs), programs.mesh.size) if way == "vmap" else programs.mesh.size
     say(f"{len(runs)} points share one train step by {way} on {devices} device{'s' * (devices > 1)}: {why}")
     if way == "interleave":
         return Interleaved(programs, len(runs))

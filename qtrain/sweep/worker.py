@@ -1,4 +1,4 @@
-"""A point of a sweep as a process: ``python -m qtrain.sweep.worker INDEX FOLDER --config FILE ...``.
+"""A point of a sweep as a process: ``python -m qtrain.sweep.worker INDEX DIGEST FOLDER --config FILE ...``.
 
 It is stopped, as by SIGTERM, when its standard input ends, which it does when the sweep that started it is gone.
 """
@@ -13,19 +13,22 @@ import threading
 from collections.abc import Sequence
 
 from qtrain import main
-from qtrain.errors import Preempted, one_line
+from qtrain.errors import Preempted, UsageError, one_line
 from qtrain.sweep.expand import resolved
 
 
-def run(index: int, folder: str, arguments: Sequence[str]) -> int:
+def run(index: int, digest: str, folder: str, arguments: Sequence[str]) -> int:
     """Train point `index` of the sweep that `arguments` name; the exit code of ``qtrain train``, 1 for any failure.
 
-    The last line printed says what failed, as JSON.
+    It is refused unless its config has the `digest` that it had for the sweep: the config file is read again here. The
+    last line printed says what failed, as JSON.
     """
     from qtrain.train import train
 
     try:
         _, _, points = resolved(arguments)
+        if index >= len(points) or points[index].digest != digest:
+            raise UsageError(f"the config file has changed since the sweep began, and with it point {index}; undo that")
         train(points[index].config, folder, quiet=True)
     except Preempted as stop:
         print(stop, flush=True)
@@ -54,4 +57,4 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGUSR2"):  # not on Windows
         signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     threading.Thread(target=_watch, daemon=True).start()
-    sys.exit(run(int(sys.argv[1]), sys.argv[2], sys.argv[3:]))
+    sys.exit(run(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]))
