@@ -22,12 +22,14 @@ from qtrain.trees import leaf_name
 
 Array = jax.Array
 Measure = Callable[[TrainState, Precision], dict[str, Array]]
+_LABELS = 2**31 - 1  # a number that no step has: the key of a run is folded with its steps
 
 
 def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]] | None:
-    """``(state, q_max, examples) -> {name: scalar}``, at the precision of its last step; None where there is nothing.
+    """``(state, key, q_max, examples) -> {name: scalar}``, at the precision of its last step; None: there is nothing.
 
-    `q_max` and `examples` (`Experiment.fisher_examples`) are data, so that runs which differ in them share a program.
+    The run's `key`, `q_max` and `examples` (`Experiment.fisher_examples`) are data, so that runs which differ in them
+    share a program.
 
     * Under a transition rate ``transition/<parameter>/…``, over all of them ``transition/…``: see
       `qtrain.optim.transition_metrics`, and the mean ``distance`` to where a code changes. Where oscillations are
@@ -37,7 +39,8 @@ def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]
       ``budget/spent``, ``budget/target`` and ``budget/multiplier``.
     * With ``fisher.examples`` ``fisher/<parameter>/trace``, of all parameters together ``fisher/trace`` and its
       standard error ``fisher/trace_error``: `qtrain.sensitivity.model_fisher_trace`, at the bits of the last step and
-      on images as it took them; ``…_q_max`` and ``…_float`` where ``fisher.at`` asks for them.
+      on images as it took them; ``…_q_max`` and ``…_float`` where ``fisher.at`` asks for them. Labels are drawn anew at
+      each row, by the run's key: the same for runs of one seed, others for those of another.
     * Where a controller decides bits, what it shows of its state, ``controller/level`` and others.
     """
     optimizer = experiment.config.optimizer
@@ -55,11 +58,11 @@ def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]
     if not parts and experiment.fisher is None:
         return None
 
-    def measure(state: TrainState, q_max: Precision, examples: Any) -> dict[str, Array]:
+    def measure(state: TrainState, key: Array, q_max: Precision, examples: Any) -> dict[str, Array]:
         precision = experiment.last_precision(state)
         found = {name: value for part in parts for name, value in part(state, precision).items()}
         if experiment.fisher is not None:
-            found |= _fisher(experiment, experiment.fisher, state, precision, q_max, examples)
+            found |= _fisher(experiment, experiment.fisher, state, key, precision, q_max, examples)
         return found
 
     return measure
@@ -87,12 +90,15 @@ def _widths(experiment: Experiment, state: TrainState, precision: Precision) -> 
 
 
 def _fisher(
-    experiment: Experiment, settings: FisherSettings, state: TrainState, precision: Precision, q_max: Any, examples: Any
+    experiment: Experiment,
+    settings: FisherSettings,
+    state: TrainState,
+    key: Array,
+    precision: Precision,
+    q_max: Any,
+    examples: Any,
 ) -> dict[str, Array]:
-    key = None
-    if settings.samples:
-        # A function of the state alone, as evaluation is, and new labels at each row.
-        key = jax.random.fold_in(jax.random.key(0), state.step)
+    labels = jax.random.fold_in(jax.random.fold_in(key, _LABELS), state.step) if settings.samples else None
     taken: dict[str, tuple[Any, Any]] = {
         "step": (precision, experiment.additions.observed(state.step - 1, examples)),
         "q_max": (q_max if experiment.fixed is None else experiment.fixed, examples),
@@ -105,7 +111,7 @@ def _fisher(
             experiment.qmodel,
             state.variables,
             batch,
-            key,
+            labels,
             max(settings.samples, 1),
             bits,
             experiment.task,

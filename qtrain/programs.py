@@ -137,9 +137,9 @@ class Programs:
         everywhere = sharding.replicated(self.mesh)
         return jax.tree.map(lambda table: jax.make_array_from_process_local_data(everywhere, table), tables)
 
-    def layer_metrics(self, state: TrainState, tables: Tables, q_max: Any) -> dict[str, Array]:
-        """What is measured layer by layer: name → scalar. `q_max` is the run's: those that share this may differ."""
-        return self._measure(state, tables, jax.tree.map(np.float32, q_max), self._examples)
+    def layer_metrics(self, state: TrainState, key: Array, tables: Tables, q_max: Any) -> dict[str, Array]:
+        """What is measured layer by layer: name → scalar. The key and `q_max` are the run's: runs share this."""
+        return self._measure(state, key, tables, jax.tree.map(np.float32, q_max), self._examples)
 
     @functools.cached_property
     def _examples(self) -> Any:
@@ -151,10 +151,12 @@ class Programs:
         # No public function tells how many programs a jitted function has.
         return self.in_use._cache_size()
 
-    def _layer_metrics(self, state: TrainState, tables: Tables, q_max: Any, examples: Any) -> dict[str, Array]:
+    def _layer_metrics(
+        self, state: TrainState, key: Array, tables: Tables, q_max: Any, examples: Any
+    ) -> dict[str, Array]:
         measure = make_layer_metrics(self.experiment.bound(tables))
         assert measure is not None
-        return measure(state, q_max, examples)
+        return measure(state, key, q_max, examples)
 
 
 def _seed(seed: int) -> np.ndarray:

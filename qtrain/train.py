@@ -169,7 +169,7 @@ class Run:
         """`out` is what the dispatch that ends at `step` leaves; that of the one before is looked at, meanwhile."""
         layers = {}
         if self.measured(step):
-            layers = self.programs.layer_metrics(self.state, self.tables, self.experiment.q_max)
+            layers = self.programs.layer_metrics(self.state, self.key, self.tables, self.experiment.q_max)
         self._settle()
         self.pending = step, out, layers
 

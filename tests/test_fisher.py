@@ -1,5 +1,7 @@
 """Traces of the Fisher information, against sums over labels made by hand in numpy; as a metric of runs."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,9 @@ from program import final_state, rows, small_config
 from qtrain import Precision, Rule, quantize
 from qtrain.build import build
 from qtrain.errors import UsageError
+from qtrain.programs import Programs
 from qtrain.sensitivity import fisher_trace, model_fisher_trace
+from qtrain.sharding import make_mesh
 from qtrain.tasks import NODES
 from qtrain.train import train
 
@@ -156,6 +160,22 @@ def test_rows_of_a_run(tmp_path):
         kernel = found.mean["Dense_0"]["kernel"]
         assert row[f"fisher/Dense_0/kernel/{name}"] == pytest.approx(float(kernel), rel=1e-3)
     assert len({row[f"fisher/{name}"] for name in taken}) == 3
+
+
+def test_labels_are_those_of_the_run_and_the_step():
+    """Runs of other seeds have other labels, or averaging over seeds would leave the noise of the labels as it is."""
+    experiment = build(small_config(schedule="constant", fisher__examples=8))
+    programs = Programs(experiment, make_mesh())
+    tables = programs.placed(experiment.tables())
+    state = programs.initial_state(0, tables)
+
+    def trace(seed, step):
+        later = dataclasses.replace(state, step=jnp.int32(step))
+        return float(programs.layer_metrics(later, programs.key(seed), tables, experiment.q_max)["fisher/trace"])
+
+    drawn = {(seed, step): trace(seed, step) for seed in (0, 1) for step in (5, 10)}
+    assert len(set(drawn.values())) == 4
+    assert trace(1, 10) == drawn[1, 10]
 
 
 @pytest.mark.parametrize(

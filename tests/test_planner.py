@@ -1,5 +1,6 @@
 """`qtrain plan-budget`: the published laws against the papers' numbers, memory, plans, and what is outside a range."""
 
+import dataclasses
 import doctest
 import importlib
 import json
@@ -12,6 +13,7 @@ import pytest
 from qtrain import main, planner
 from qtrain.errors import UsageError
 from qtrain.planner import LAWS, FractionLaw, Setting, plan_budget
+from qtrain.planner.command import text
 from qtrain.planner.memory import params_that_fit, parse_bytes, parse_count, show_bytes, weight_bytes
 
 ISSUE = ["plan-budget", "--params", "1e8", "--tokens", "2e9", "--memory", "50MB"]
@@ -190,6 +192,13 @@ def test_the_plan_as_text(capsys):
     for part in ("S 20 to 130000", "arXiv 2509.22935", "fraction 0.1613", "schedule.start_percent=83.9", "fusion"):
         assert part in out, part
     assert "it would not fit" in out  # 4 bits fill the memory to the last byte, scales left out
+
+
+def test_a_plan_in_float_switches_nothing_on():
+    law = dataclasses.replace(LAWS["quest"], widths=(32,), ranges={}, evaluate=lambda setting: 3.0)
+    shown = text(plan_budget(params=1e6, tokens=1e8, bits=32, loss_law=law))
+    assert "float throughout, 1e+08 tokens" in shown and "config    --config.schedule.name=float\n" in shown
+    assert "delayed" not in shown and "then quantized" not in shown
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,17 @@ from report_runs import write_run
 
 from qtrain import main
 from qtrain.errors import UsageError
-from qtrain.planner import Row, fit, load, optimal_fraction, read_runs, save, tokens_per_parameter_byte
+from qtrain.planner import (
+    LAWS,
+    Row,
+    fit,
+    load,
+    optimal_fraction,
+    plan_budget,
+    read_runs,
+    save,
+    tokens_per_parameter_byte,
+)
 from qtrain.planner.fit_fraction import vertex
 from qtrain.planner.fit_loss import best_fractions
 
@@ -103,6 +113,18 @@ def test_what_runs_cannot_say(rows, loss, pattern):
     assert (fitted.loss is not None) == loss
     assert any(re.search(pattern, note) for note in fitted.notes), fitted.notes
     assert fitted.fraction is None and any("three fractions" in note for note in fitted.notes)
+
+
+def test_what_is_not_identified_is_warned_of_by_every_plan():
+    fitted = fit(swept((2e9,), (4,), noise=0.1), draws=DRAWS)
+    assert fitted.fraction is not None and not fitted.fraction.constant.identified
+    law = fitted.fraction_law()
+    plan = plan_budget(params=1e6, tokens=2e9, bits=4, fraction_law=law)
+    warned = [line for line in plan.warnings if "do not identify its constant" in line]
+    assert len(warned) == 1 and f"{law.constant:.4g} [" in warned[0]
+    assert "95 % interval of the constant [" in plan.as_json()["fraction_law"]["source"]
+    loss = dataclasses.replace(LAWS["quest"], doubts=("the runs of the loss law (fitted) do not identify alpha: 1",))
+    assert "do not identify alpha" in plan_budget(params=1e6, tokens=2e9, bits=4, loss_law=loss).warnings[-2:][0]
 
 
 def test_plans_have_the_best_fraction():

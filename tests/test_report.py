@@ -19,7 +19,7 @@ from qtrain.report import courses, find_runs, make_report, read_runs, scatter
 from qtrain.report import rows_of as written
 from qtrain.report.labels import PROFILES, describe_schedules, label_points
 from qtrain.report.points import make_families, natural
-from qtrain.report.quality import TEXT
+from qtrain.report.quality import TEXT, Metric
 from qtrain.report.tables import si
 from qtrain.schedules import SUITE
 
@@ -126,6 +126,35 @@ def test_rows_make_the_same_report(sweep, report, tmp_path, undrawn):
         "the last line is cut off, and ignored",
         f"line {len(runs) + 2} is no row of a run, and ignored",
     ]
+
+
+def test_rows_of_several_sweeps_keep_their_runs_apart(tmp_path, undrawn):
+    """The points of two sweeps are called alike, and each belongs to its own data."""
+    for folder, name, accuracy in (("a", "digits", 0.5), ("b", "mnist", 0.75)):
+        write_run(tmp_path / folder / "000_seed-0", {"data.name": name}, accuracy=accuracy)
+    text = written(read_runs(find_runs([tmp_path / "a", tmp_path / "b"]), []))
+    (tmp_path / "runs.jsonl").write_text(text)
+    runs = read_runs(find_runs([tmp_path / "runs.jsonl"]), [])
+    assert written(runs) == text and len({run.name for run in runs}) == 2
+    found = {row["data"]: row for row in rows_of(make_report(runs), "runs.csv")}
+    assert {name: float(row["quality"]) for name, row in found.items()} == {"digits": 50.0, "mnist": 75.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "less"),
+    [
+        ("test_accuracy", False),
+        ("saving", False),
+        ("test_accuracy_4bit", False),
+        ("test_loss_float", True),
+        ("test_error", True),
+        ("stored_bytes", True),
+        ("effective_bitops", True),
+        ("wall_seconds", True),
+    ],
+)
+def test_whether_less_is_better(name, less):
+    assert Metric(name).direction == ("less is better" if less else "more is better")
 
 
 def test_failed_points_of_a_sweep_are_named(tmp_path, undrawn):

@@ -4,6 +4,7 @@ Weights at 2 and 4 bits for the last 0 to 100 % of 1000 steps, fused and with a 
 steps. Three seeds.
 Command: qtrain sweep --config experiments/qat_fraction/digits_mlp.py --workdir runs/qat_fraction/digits_mlp \
     --vectorized --separate
+digits_mlp.py:controls, in digits_mlp-controls, has what the learning rate does by itself.
 """
 
 import runpy
@@ -23,9 +24,11 @@ def get_config(argument: str = ""):
     config.data.update(augment=("crop",), crop_padding=1)
     config.train.update(steps=STEPS[0], log_every_steps=100)
     shared["settings"](config)
-    return finish(config, argument)
+    return finish(config, "" if argument == "controls" else argument)
 
 
-def sweep():
-    """The points."""
+def sweep(argument: str = ""):
+    """The points; of the argument "controls" those of `grid.controls`."""
+    if argument == "controls":
+        return shared["controls"]((2, 4), STEPS[0], seeds=3)
     return shared["lengths"]((2, 4), STEPS, seeds=3)

@@ -13,6 +13,8 @@ WARMUP = 2.0
 COOLDOWN = 20.0
 """Percent of the run: the decay in float, before quantization, or of a run that is never trained quantized."""
 ARMS = ("fused", "cooldown")
+FLOAT = 32
+"""Bits that are no quantization."""
 
 
 def switched(fraction: float, bits: int, arm: str, steps: int) -> dict[str, Any]:
@@ -51,6 +53,20 @@ def lengths(bits: Sequence[int], steps: Sequence[int], seeds: int) -> Iterator[d
     first, *others = steps
     more = (points(bits, other, seeds, arms=("fused",)) for other in others)
     return sweep.chain(points(bits, first, seeds), *more)
+
+
+def controls(bits: Sequence[int], steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+    """What the decay of the fused arm, as long as its quantized part, does by itself.
+
+    fixed: the same quantized parts under one decay, of `COOLDOWN` percent. float: the decays of the fused arm, never
+    quantized. A part of COOLDOWN percent is in the fused arm already.
+    """
+    for seed in range(seeds):
+        for fraction in FRACTIONS[1:]:
+            own = {"seed": seed, "train.steps": steps}
+            yield {**switched(fraction, FLOAT, "fused", steps), **own}
+            for width in bits if round(100 * fraction) != COOLDOWN else ():
+                yield {**switched(fraction, width, "fused", steps), "optimizer.decay_percent": COOLDOWN, **own}
 
 
 def settings(config: Any) -> None:

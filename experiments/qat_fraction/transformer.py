@@ -4,6 +4,7 @@ Weights at 2, 3 and 4 bits for the last 0 to 100 % of 800 steps, tiny_shakespear
 warm-up against none (fused). Fused also at 400 steps. Two seeds.
 Command: qtrain sweep --config experiments/qat_fraction/transformer.py --workdir runs/qat_fraction/transformer \
     --vectorized --separate
+transformer.py:controls, in transformer-controls, has what the learning rate does by itself.
 """
 
 import runpy
@@ -25,9 +26,11 @@ def get_config(argument: str = ""):
     config.optimizer.learning_rate = 4e-3
     config.train.update(steps=STEPS[0], log_every_steps=100)
     shared["settings"](config)
-    return finish(config, argument)
+    return finish(config, "" if argument == "controls" else argument)
 
 
-def sweep():
-    """The points."""
+def sweep(argument: str = ""):
+    """The points; of the argument "controls" those of `grid.controls`."""
+    if argument == "controls":
+        return shared["controls"]((2, 3, 4), STEPS[0], seeds=2)
     return shared["lengths"]((2, 3, 4), STEPS, seeds=2)

@@ -100,13 +100,23 @@ def text(plan: Plan) -> str:
     float_tokens = chosen.tokens * (1 - chosen.fraction)
     memory = "" if plan.memory is None else f" in {show_bytes(plan.memory)}"
     percent = 100 * (1 - chosen.fraction)
+    if chosen.fraction:
+        when = (
+            f"float for the first {percent:.1f} % of {chosen.tokens:.4g} tokens, then quantized: on at token "
+            f"{float_tokens:.4g}, fraction {chosen.fraction:.4f}"
+        )
+        schedule = (
+            f"--config.schedule.name=delayed --config.schedule.start_percent={percent:.1f} "
+            f"--config.schedule.bits={chosen.bits}"
+        )
+    else:
+        when, schedule = f"float throughout, {chosen.tokens:.4g} tokens", "--config.schedule.name=float"
     lines += [
         "",
         f"plan      {chosen.params:.4g} parameters at {chosen.bits} bits: {show_bytes(chosen.weight_bytes)}{memory}",
-        f"          float for the first {percent:.1f} % of {chosen.tokens:.4g} tokens, then quantized: on at token "
-        f"{float_tokens:.4g}, fraction {chosen.fraction:.4f}",
-        f"config    --config.schedule.name=delayed --config.schedule.start_percent={percent:.1f} "
-        f"--config.schedule.bits={chosen.bits}",
+        f"          {when}",
+        f"config    {schedule}",
+        "          gradients, and layers with bits of their own, are as the config has them: see its qtrain plan",
         f"fraction  {plan.fraction_law.equation}: S {plan.fraction_law.low:.6g} to {plan.fraction_law.high:.6g}"
         f"{_sizes(plan.fraction_law)}",
         f"          {plan.fraction_law.source}",

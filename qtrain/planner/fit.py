@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qtrain.errors import UsageError
+from qtrain.planner.constants import Constant
 from qtrain.planner.fit_fraction import FittedFraction, fit_fraction
 from qtrain.planner.fit_loss import FittedLoss, fit_loss
 from qtrain.planner.fraction import FractionLaw
@@ -54,6 +55,9 @@ class Fitted:
             widths=tuple(sorted(found.efficiency)),
             ranges={"params": found.params, "tokens": found.tokens},
             evaluate=evaluate,
+            doubts=_doubts(
+                "loss", found.constants | {f"eff({bits})": worth for bits, worth in found.efficiency.items()}
+            ),
         )
 
     def fraction_law(self) -> FractionLaw:
@@ -74,8 +78,21 @@ class Fitted:
             params=(min(sizes), max(sizes)),
             widths=tuple(sorted({cell.bits for cell in found.cells if cell.used})),
             name="fitted",
-            source=f"fitted to {found.runs} runs",
+            source=f"fitted to {found.runs} runs; 95 % interval of the constant {_interval(found.constant)}",
+            doubts=_doubts("fraction", {"its constant": found.constant}),
         )
+
+
+def _doubts(law: str, constants: Mapping[str, Constant]) -> tuple[str, ...]:
+    return tuple(
+        f"the runs of the {law} law (fitted) do not identify {name}: {found.value:.4g} {_interval(found)}"
+        for name, found in constants.items()
+        if not found.identified
+    )
+
+
+def _interval(constant: Constant) -> str:
+    return f"[{constant.low:.4g}, {constant.high:.4g}]"
 
 
 def fit(rows: Sequence[Row], *, draws: int = DRAWS, seed: int = 0) -> Fitted:

@@ -23,6 +23,7 @@ class FractionLaw:
       low, high: S between which the law is supported; below, S is clipped to `low`, above it is extrapolated.
       params: parameters, and widths: bits, of the runs it was fitted to; empty where not known.
       name: what reports call it; source: where its constant is from.
+      doubts: what its runs do not identify, a line each, which every plan warns of.
     """
 
     constant: float = CONSTANT
@@ -32,6 +33,7 @@ class FractionLaw:
     widths: tuple[int, ...] = WIDTHS
     name: str = "Dremov"
     source: str = "Dremov et al. 2025, arXiv 2509.22935"
+    doubts: tuple[str, ...] = ()
 
     @property
     def equation(self) -> str:
@@ -43,8 +45,8 @@ class FractionLaw:
         return optimal_fraction(max(tokens_per_byte, self.low), self.constant)
 
     def warnings(self, tokens_per_byte: float, params: float, bits: int) -> list[str]:
-        """A line for each way in which a plan is outside the law's range."""
-        found = []
+        """A line for each way in which a plan is outside the law's range, and for each of its doubts."""
+        found = list(self.doubts)
         if tokens_per_byte < self.low:
             found.append(
                 f"S = {tokens_per_byte:.4g} tokens per parameter byte is below {self.low:.6g}, from where the fraction "

@@ -32,7 +32,8 @@ class LossLaw:
 
     name, equation, source: for reports. widths: bits it has a value for. ranges: quantity (``params``, ``tokens``,
     ``group_size``) → the least and the most of the runs behind it. supported: widths of those runs. remark: what else
-    to know. takes: the fields of a setting besides params, tokens and bits that it uses.
+    to know. takes: the fields of a setting besides params, tokens and bits that it uses. doubts: what those runs do not
+    identify, a line each, which every plan warns of.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LossLaw:
     supported: tuple[int, ...] = ()
     remark: str = ""
     takes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
     def __call__(self, setting: Setting) -> float:
         """The loss.
@@ -64,8 +66,8 @@ class LossLaw:
         return self.evaluate(setting)
 
     def warnings(self, setting: Setting) -> list[str]:
-        """A line for each quantity that is outside the range of the runs behind the law."""
-        found = []
+        """A line for each quantity that is outside the range of the runs behind the law, and for each of its doubts."""
+        found = list(self.doubts)
         for name, (low, high) in self.ranges.items():
             value = getattr(setting, name)
             if value is not None and not low <= value <= high:

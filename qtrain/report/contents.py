@@ -33,7 +33,7 @@ def points_table(family: Family, found: Sequence[Means]) -> Table:
     columns += [Column("group", help=family.grouped_by)] if grouped else []
     columns += [
         Column("seeds", help="finished runs, which differ in their seeds alone"),
-        Column(metric.label, form, "mean over seeds and its bootstrap interval"),
+        Column(metric.label, form, f"{metric.direction}; mean over seeds and its bootstrap interval"),
         *(Column(quality_label(metric, cost), form, "the same at the bits of the last step") for cost in stored),
         *(Column(cost.short, si, f"mean over seeds: {cost.label}") for cost in COSTS),
         Column("saving, %", decimals(1), "of bit operations, against the highest bits at every step"),

@@ -12,7 +12,7 @@ from qtrain.report.runs import Run
 
 TEXT = ("tiny_shakespeare", "lm1b", "python_reference", "text", "synthetic_text")
 """Data sets whose models predict the next token, and are judged by their loss; `qtrain.data` has them, and JAX."""
-LOWER = ("loss", "perplexity", "error")
+LOWER = ("loss", "perplexity", "error", "bytes", "bits", "bitops", "cost", "seconds")
 """Words in the name of a metric that say that less is better."""
 SHARES = ("accuracy", "map")
 """Words in the name of a metric that is a share of 1, shown in percent."""
@@ -27,7 +27,12 @@ class Metric:
     @property
     def maximize(self) -> bool:
         """Whether more is better."""
-        return not any(word in self.name for word in LOWER)
+        return not set(self.name.split("_")) & set(LOWER)
+
+    @property
+    def direction(self) -> str:
+        """For people."""
+        return "more is better" if self.maximize else "less is better"
 
     @property
     def factor(self) -> float:

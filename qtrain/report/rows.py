@@ -78,11 +78,14 @@ def read_rows(path: Path, notes: list[str]) -> list[Run]:
         raise UsageError(
             f"{str(path)!r} is no file of runs, as qtrain report --rows makes them; give the folder of a run"
         ) from None
-    found = []
+    found, names = [], set[str]()
     for number, line in enumerate(lines[1:], start=2):
         try:
             row = json.loads(line)
-            found.append(_run(path, row, base, environment))
+            # Of several sweeps in one file the points are called alike; a run's name is its alone.
+            where = Path(f"{path}:{number}") if row["run"] in names else path
+            found.append(_run(where, row, base, environment))
+            names.add(row["run"])
         except (ValueError, KeyError, TypeError, AttributeError):
             notes.append(f"{path}: line {number} is no row of a run, and ignored")
     return found
