@@ -1,4 +1,4 @@
-"""Sweeps: whose runs a folder holds, what another process says, what may share a program, and what all of them share."""
+"""Sweeps: whose runs a folder holds, what another process says, and what points may share."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def test_points_that_are_added_rename_none(tmp_path):
     folder.run(points[0]).mkdir()
     more = [{"schedule.name": "CR"}, {"schedule.name": "CT"}, {"schedule.name": "CR", "optimizer.name": "sgd"}]
     source = write(tmp_path, more)
-    assert [point.name for point in points_of(source)][0] == "000_schedule.name-CR"
+    assert next(iter(points_of(source))).name == "000_schedule.name-CR"
     _, points = opened(source, path)
     assert [point.name for point in points[:2]] == ["000_name-CR", "001_name-CT"]
     assert points[2].name == "002_schedule.name-CR_optimizer.name-sgd"

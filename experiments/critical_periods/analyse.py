@@ -1,6 +1,7 @@
 """What the runs of `sweep.py` say: results.jsonl, figures and tables.
 
-    python experiments/critical_periods/analyse.py runs/critical  # its folders FAMILY-PART: results.jsonl, PNGs, tables
+    python experiments/critical_periods/analyse.py runs/critical  # its folders FAMILY-PART: results.jsonl, PNGs, tables;
+                                                                  # what there is of other families and parts stays
     python experiments/critical_periods/analyse.py --table        # the tables, from results.jsonl
 
 A line for each finished run: family, part, what it is called, seed, overrides, numbers, command, versions, hardware and
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sweep import FAMILIES, PARTS, labelled
+from sweep import FAMILIES, ONSETS, PARTS, labelled
 
 from qtrain.statistics import Interval, bootstrap_interval
 
@@ -89,29 +90,53 @@ def accuracy(line: dict[str, Any]) -> float:
     return 100 * line["numbers"]["test_accuracy"]
 
 
-def sensitivity(with_: dict[int, Any], without: dict[int, Any], loss: bool = False) -> Interval | None:
-    """Accuracy without less accuracy with, in points, over the seeds that both have; None where there are none.
+def differences(with_: dict[int, Any], without: dict[int, Any], loss: bool = False) -> dict[int, float]:
+    """Seed → accuracy without less accuracy with, in points, of the seeds that both have.
 
     Of the `loss`, finer where test images are few: that with less that without, in hundredths.
     """
-    seeds = sorted(with_.keys() & without.keys())
     of = (lambda line: -100 * line["numbers"]["test_loss"]) if loss else accuracy
-    return bootstrap_interval([of(without[s]) - of(with_[s]) for s in seeds]) if seeds else None
+    return {seed: of(without[seed]) - of(with_[seed]) for seed in sorted(with_.keys() & without.keys())}
 
 
-def curve(lines: Lines, family: str, part: str, kind: str, rate: str, loss: bool = False) -> list[tuple[int, Interval]]:
-    """Sensitivity against the steps of the deficit ("removal"), or against its onset ("window")."""
+def sensitivity(with_: dict[int, Any], without: dict[int, Any], loss: bool = False) -> Interval | None:
+    """The mean of `differences` over seeds; None where there are none."""
+    found = differences(with_, without, loss)
+    return bootstrap_interval(list(found.values())) if found else None
+
+
+def by_seed(
+    lines: Lines, family: str, part: str, kind: str, rate: str, loss: bool = False
+) -> dict[int, dict[int, float]]:
+    """Steps of the deficit ("removal"), or its onset ("window") → seed → difference to the run without it."""
     at = "removal" if part == "removal" else "onset"
     here = [line for line in lines if (line["family"], line["part"], line.get("rate")) == (family, part, rate)]
-    found = []
+    found = {}
     for position in sorted({line[at] for line in here if line["kind"] == kind}):
         # Where the rates are those of the whole run whatever the onset, one run without the deficit serves all.
         shared = part == "window" and rate != "held"
         without = select(here, kind="none", **{at: None if shared else position})
-        between = sensitivity(select(here, kind=kind, **{at: position}), without, loss)
-        if between is not None:
-            found.append((position, between))
-    return found
+        found[position] = differences(select(here, kind=kind, **{at: position}), without, loss)
+    return {position: values for position, values in found.items() if values}
+
+
+def curve(lines: Lines, family: str, part: str, kind: str, rate: str, loss: bool = False) -> list[tuple[int, Interval]]:
+    """Sensitivity against the steps of the deficit ("removal"), or against its onset ("window")."""
+    positions = by_seed(lines, family, part, kind, rate, loss)
+    return [(position, bootstrap_interval(list(values.values()))) for position, values in positions.items()]
+
+
+def early_less_late(lines: Lines, family: str, kind: str, rate: str, loss: bool = False) -> Interval | None:
+    """Sensitivity at the first three onsets less that at the next two, means, seed by seed.
+
+    The last window is left out: it ends with the run, and nothing recovers it. Above 0: an early period.
+    """
+    onsets = list(by_seed(lines, family, "window", kind, rate, loss).values())
+    if len(onsets) != len(ONSETS):
+        return None
+    seeds = sorted(set.intersection(*map(set, onsets)))
+    values = np.array([[one[seed] for one in onsets[:-1]] for seed in seeds])
+    return bootstrap_interval(list(values[:, :3].mean(axis=1) - values[:, 3:].mean(axis=1)))
 
 
 def shown(value: Interval | None) -> str:
@@ -139,15 +164,18 @@ def tables(lines: Lines) -> str:
         for family in families(lines, part):
             here = [line for line in lines if (line["family"], line["part"]) == (family, part)]
             series = list(dict.fromkeys((line["kind"], line["rate"]) for line in here if line["kind"] != "none"))
-            plain = select(here, kind="none", rate="held" if part == "removal" else "decayed", **_first(part))
+            plain = select(here, kind="none", rate="held" if part == "removal" else "decayed", **_first(part)).values()
+            mean_loss = np.mean([line["numbers"]["test_loss"] for line in plain])
             for loss, what in ((False, "accuracy lost, points"), (True, "test loss gained, hundredths")):
                 curves = {one: dict(curve(lines, family, part, *one, loss)) for one in series}
                 places = sorted({place for one in curves.values() for place in one})
                 rows = [
                     [f"{kind}, {rate}", *(shown(curves[kind, rate].get(x)) for x in places)] for kind, rate in series
                 ]
-                title = f"{part}, {family}: {what}; without a deficit {mean(plain.values())} %"
+                level = f"{mean_loss:.4f} (n = {len(plain)})" if loss else f"{mean(plain)} %"
+                title = f"{part}, {family}: {what}; without a deficit {level}"
                 found.append(markdown(title, [f"deficit, rate \\ {at}", *map(str, places)], rows))
+    found.append(_early(lines))
     for family in families(lines, "patterns"):
         found.append(_patterns(lines, family))
     found += [text for family in families(lines, "fisher") for text in _fisher(lines, family)]
@@ -169,6 +197,17 @@ def tables(lines: Lines) -> str:
         title = f"calibration, {family}: without a deficit {mean(plain.values())}"
         found.append(markdown(title, ["deficit", "bits", "onset", "sensitivity, points"], rows))
     return "\n\n".join(found)
+
+
+def _early(lines: Lines) -> str:
+    rows = []
+    for family in families(lines, "window"):
+        here = [line for line in lines if (line["family"], line["part"]) == (family, "window")]
+        for kind, rate in dict.fromkeys((line["kind"], line["rate"]) for line in here if line["kind"] != "none"):
+            both = (early_less_late(lines, family, kind, rate, loss) for loss in (False, True))
+            rows.append([family, f"{kind}, {rate}", *map(shown, both)])
+    title = "window: sensitivity at the first three onsets less that at the next two (the last left out), by seed"
+    return markdown(title, ["family", "deficit, rate", "accuracy, points", "test loss, hundredths"], rows)
 
 
 def _first(part: str) -> dict[str, Any]:
@@ -206,10 +245,10 @@ def _fisher(lines: Lines, family: str) -> Iterator[str]:
             bits = "of the step" if name == "fisher/trace" else "8"
             label = kind if onset is None else f"{kind} from {onset}"
             which = f"{samples} label" if samples else "exact"
-            rows.append(
-                [label, bits, which, f"{values[peak]:.4g} at {steps[peak]}", f"{values[-1]:.4g}", str(len(own))]
-            )
-    yield markdown(f"fisher, {family}: tr F", ["deficit", "bits", "labels", "peak, step", "at the end", "n"], rows)
+            halves = [f"{half.mean():.4g}" for half in np.array_split(values, 2)]
+            rows.append([label, bits, which, f"{values[peak]:.4g} at {steps[peak]}", *halves, str(len(own))])
+    head = ["deficit", "bits", "labels", "peak, step", "mean of the first half", "of the second", "n"]
+    yield markdown(f"fisher, {family}: tr F", head, rows)
     ratios = [ratio for one in exact_and_sampled(here) for ratio in one[1] / one[0]]
     if ratios:
         yield (
@@ -249,6 +288,11 @@ def main() -> None:
             raise SystemExit(f"{arguments.folder}: no finished run in a folder FAMILY-PART, such as mnist_mlp-window")
         from figures import draw
 
+        measured = {(line["family"], line["part"]) for line in lines}
+        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines += [line for line in before if (line["family"], line["part"]) not in measured]
+        order = [(name, part) for name in FAMILIES for part in PARTS]
+        lines.sort(key=lambda line: order.index((line["family"], line["part"])))
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         draw(lines, arguments.out)
     elif not arguments.table:
