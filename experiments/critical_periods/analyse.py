@@ -1,9 +1,9 @@
 """What the runs of `sweep.py` say: results.jsonl, figures and tables.
 
-    python experiments/critical_periods/analyse.py runs/critical  # its folders FAMILY-PART: results.jsonl, PNGs, tables;
-                                                                  # what there is of other families and parts stays
+    python experiments/critical_periods/analyse.py runs/critical  # its folders FAMILY-PART: results.jsonl, PNGs, tables
     python experiments/critical_periods/analyse.py --table        # the tables, from results.jsonl
 
+Lines of families and parts that the folder does not have stay as they are.
 A line for each finished run: family, part, what it is called, seed, overrides, numbers, command, versions, hardware and
 date. Sensitivity is, seed by seed, the accuracy of the run without the deficit, of the same length and learning rates,
 less that of the run with it, in points; intervals are 95 % bootstrap intervals over seeds.

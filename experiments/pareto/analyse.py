@@ -1,6 +1,6 @@
 """The tables and figures of this folder's README, from results.jsonl alone.
 
-python -m experiments.pareto.analyse             # tables as Markdown; writes pareto.png, grid.png, linear.png, bytes.png
+python -m experiments.pareto.analyse    # tables as Markdown; writes pareto.png, grid.png, linear.png, bytes.png
 """
 
 from __future__ import annotations

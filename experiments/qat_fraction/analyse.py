@@ -2,6 +2,8 @@
 
 python experiments/qat_fraction/analyse.py runs/qat_fraction     # reads the runs, writes results.jsonl and the PNGs
 python experiments/qat_fraction/analyse.py --table               # the tables, from results.jsonl
+
+Lines of sweeps that the folder does not have stay as they are.
 """
 
 from __future__ import annotations
@@ -16,20 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from grid import COOLDOWN
 
 from qtrain.planner import FractionLaw, Row, fit
-from qtrain.planner.runs import read_runs
+from qtrain.planner.runs import FLOAT_BITS, read_runs
 from qtrain.report.runs import find_runs
 from qtrain.statistics import bootstrap_interval
 from qtrain.workdir import CONFIG, DONE, read_config, read_summary
 
 HERE = Path(__file__).parent
+ARMS = ("fused", "cooldown", "fixed")
+LABELS = {"fixed": "fixed decay"}
+DECAY = COOLDOWN / 100
 RESULTS = HERE / "results.jsonl"
 NUMBERS = ("test_loss_scheduled", "test_accuracy_scheduled", "test_loss_float", "parameters", "steps")
 COMMAND = (
-    "qtrain sweep --config experiments/qat_fraction/{family}.py --workdir runs/qat_fraction/{family} --vectorized "
-    "--separate"
+    "qtrain sweep --config experiments/qat_fraction/{family}.py{controls} --workdir runs/qat_fraction/{sweep} "
+    "--vectorized --separate"
 )
+CONTROLS = "-controls"
+"""How the folder of a family's `grid.controls` ends."""
 
 
 def main() -> None:
@@ -40,6 +48,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.runs:
         lines = list(read(Path(arguments.runs)))
+        measured = {(line["family"], line["arm"] in ("fixed", "float")) for line in lines}
+        before = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+        lines += [line for line in before if (line["family"], line["arm"] in ("fixed", "float")) not in measured]
+        lines.sort(key=lambda line: (line["family"], line["arm"] in ("fixed", "float")))
         RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
         draw(lines)
     elif arguments.table:
@@ -51,23 +63,30 @@ def main() -> None:
 
 def read(root: Path) -> Iterable[dict[str, Any]]:
     """A line for each finished run."""
-    for family in sorted(path.name for path in root.iterdir() if path.is_dir()):
-        for folder in find_runs([root / family]):
+    for sweep in sorted(path.name for path in root.iterdir() if path.is_dir()):
+        family, controls = sweep.removesuffix(CONTROLS), sweep.endswith(CONTROLS)
+        for folder in find_runs([root / sweep]):
             if not (folder / DONE).exists():
                 print(f"{folder} has not finished: left out")
                 continue
             ((row,), _), config, summary = read_runs([folder]), read_config(folder), read_summary(folder)
             environment = json.loads((folder / CONFIG).read_text())
-            arm = "cooldown" if config["optimizer"]["restart_percent"] else "fused"
-            # One quantized step of so many is rounding after training.
-            fraction = 0.0 if row.fraction * summary["steps"] < 1.5 else row.fraction
+            # The decay of a float run is as long as the quantized part that it is compared with. One quantized step of
+            # so many is rounding after training.
+            fraction = config["optimizer"]["decay_percent"] / 100 if row.bits >= FLOAT_BITS else row.fraction
+            fraction = 0.0 if fraction * summary["steps"] < 1.5 else fraction
+            if controls:
+                arm = "float" if row.bits >= FLOAT_BITS else "fixed"
+            else:
+                arm = "cooldown" if config["optimizer"]["restart_percent"] else "fused"
+                arm = "both" if fraction in (0.0, 1.0) else arm
             yield {
                 "family": family,
                 "run": folder.name,
-                "command": COMMAND.format(family=family),
+                "command": COMMAND.format(family=family, controls=":controls" * controls, sweep=sweep),
                 "bits": row.bits,
                 "fraction": fraction,
-                "arm": "both" if fraction in (0.0, 1.0) else arm,
+                "arm": arm,
                 "seed": config["seed"],
                 "params": row.params,
                 "tokens": row.tokens,
@@ -79,13 +98,29 @@ def read(root: Path) -> Iterable[dict[str, Any]]:
 
 
 def cells(lines: Sequence[dict[str, Any]]) -> dict[Any, dict[str, dict[float, dict[int, float]]]]:
-    """(family, params, tokens, bits) → arm → fraction → seed → loss; what belongs to both arms is in both."""
-    found: Any = defaultdict(lambda: {"fused": defaultdict(dict), "cooldown": defaultdict(dict)})
+    """(family, params, tokens, bits) → arm → fraction → seed → loss; what belongs to several arms is in each."""
+    found: Any = defaultdict(lambda: {arm: defaultdict(dict) for arm in ARMS})
     for line in lines:
         key = line["family"], line["params"], line["tokens"], line["bits"]
-        for arm in found[key] if line["arm"] == "both" else (line["arm"],):
-            found[key][arm][line["fraction"]][line["seed"]] = line["test_loss_scheduled"]
+        for arm in ARMS if line["arm"] != "float" else ():
+            if belongs(line, arm):
+                found[key][arm][line["fraction"]][line["seed"]] = line["test_loss_scheduled"]
     return dict(sorted(found.items()))
+
+
+def belongs(line: dict[str, Any], arm: str) -> bool:
+    """Whether a run is one of an arm: without a quantized part, and with nothing else, the arms are the same.
+
+    With one decay for all (fixed), a part of that length is a run of the fused arm.
+    """
+    if arm != "fixed":
+        return line["arm"] in (arm, "both")
+    return line["arm"] == "fixed" or line["fraction"] == 0 or (line["arm"] == "fused" and line["fraction"] == DECAY)
+
+
+def swept(losses: dict[float, Any]) -> bool:
+    """Whether an arm has runs of its own there, and not what all arms share alone."""
+    return len([fraction for fraction in losses if 0 < fraction < 1]) > 1
 
 
 def rows(lines: Sequence[dict[str, Any]], arm: str) -> list[Row]:
@@ -100,7 +135,7 @@ def rows(lines: Sequence[dict[str, Any]], arm: str) -> list[Row]:
             f"{line['seed']}",
         )
         for line in lines
-        if line["arm"] in (arm, "both")
+        if belongs(line, arm)
     ]
 
 
@@ -116,7 +151,7 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
     ]
     for (family, _, tokens, bits), arms in cells(lines).items():
         for arm, sweep in arms.items():
-            if not any(0 < fraction < 1 for fraction in sweep):
+            if not swept(sweep):
                 continue
             means = {round(fraction, 3): np.mean(list(seeds.values())) for fraction, seeds in sweep.items()}
             best = min(means.values())
@@ -129,8 +164,8 @@ def tables(lines: Sequence[dict[str, Any]]) -> str:
             interval = bootstrap_interval(differences)
             text = f"{interval.estimate:+.4f}{_ends(interval.low, interval.high, '+.4f')}"
             compared.append(_row([family, f"{tokens:.3g}", str(bits), text, str(interval.n)]))
-    parts += ["\n".join(losses), "\n".join(compared)]
-    parts += [_optima(lines, arm) for arm in ("fused", "cooldown")]
+    parts += ["\n".join(losses), _controls(lines), "\n".join(compared)]
+    parts += [_optima(lines, arm) for arm in ARMS]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -144,13 +179,41 @@ def _differences(arms: dict[str, dict[float, dict[int, float]]]) -> list[float]:
     return [float(np.mean(values)) for values in by_seed.values()]
 
 
+def _controls(lines: Sequence[dict[str, Any]]) -> str:
+    """Of the fused arm, at each fraction: the loss less that of a float run with the same decay of the rate."""
+    plain = {(x["family"], x["steps"], x["seed"], round(x["fraction"], 3)): x for x in lines if x["arm"] == "float"}
+    fractions = sorted({fraction for *_, fraction in plain})
+    found = [_row(["family", "bits", "loss", "n", *(f"{100 * fraction:g} %" for fraction in fractions)])]
+    found.append(_row(["---"] * (4 + len(fractions))))
+    for family, steps in sorted({key[:2] for key in plain}):
+        seeds = sorted({seed for name, length, seed, _ in plain if (name, length) == (family, steps)})
+        floats = [[plain[family, steps, seed, f]["test_loss_scheduled"] for seed in seeds] for f in fractions]
+        found.append(_row([family, "float", "test loss", str(len(seeds)), *(f"{np.mean(v):.4f}" for v in floats)]))
+        mine = [x for x in lines if (x["family"], x["steps"]) == (family, steps) and belongs(x, "fused")]
+        for bits in sorted({x["bits"] for x in mine}, reverse=True):
+            at = {(x["seed"], round(x["fraction"], 3)): x["test_loss_scheduled"] for x in mine if x["bits"] == bits}
+            cost = [
+                [at[s, f] - v for s, v in zip(seeds, row, strict=True)]
+                for f, row in zip(fractions, floats, strict=True)
+            ]
+            found.append(
+                _row([family, str(bits), "above float", str(len(seeds)), *(f"{np.mean(v):+.4f}" for v in cost)])
+            )
+    return "\n".join(found) if plain else ""
+
+
 def _optima(lines: Sequence[dict[str, Any]], arm: str) -> str:
     """The measured optimum of each sweep beside f*, and the constant fitted to all of them."""
     law = FractionLaw()
     found = [_row(["arm", "family", "tokens", "bits", "S", "optimum [95 % over seeds]", "f* (published a)", "remark"])]
     found.append(_row(["---"] * 8))
     for family in sorted({line["family"] for line in lines}):
-        fitted = fit(rows([line for line in lines if line["family"] == family], arm))
+        mine = [line for line in lines if line["family"] == family and line["arm"] != "float"]
+        if arm == "fixed":
+            mine = [line for line in mine if line["steps"] in {x["steps"] for x in mine if x["arm"] == "fixed"}]
+        if not any(line["arm"] == arm for line in mine):
+            continue
+        fitted = fit(rows(mine, arm))
         if fitted.fraction is None:
             found.append(_row([arm, family, "", "", "", "", "", "; ".join(fitted.notes)]))
             continue
@@ -192,12 +255,12 @@ def draw(lines: Sequence[dict[str, Any]]) -> None:
         rows = len(mine) // columns
         figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 2.9 * rows), squeeze=False)
         for axis, ((_, params, tokens, bits), arms) in zip(axes.flat, mine.items(), strict=True):
-            for (arm, sweep), colour in zip(arms.items(), ("tab:blue", "tab:orange"), strict=True):
-                if not any(0 < fraction < 1 for fraction in sweep):
+            for (arm, sweep), colour in zip(arms.items(), ("tab:blue", "tab:orange", "tab:green"), strict=True):
+                if not swept(sweep):
                     continue
                 order = [fraction for fraction in sorted(sweep) if fraction > 0]  # rounding alone is off the scale
                 values = [list(sweep[fraction].values()) for fraction in order]
-                axis.plot(order, [np.mean(v) for v in values], "o-", ms=3, color=colour, label=arm)
+                axis.plot(order, [np.mean(v) for v in values], "o-", ms=3, color=colour, label=LABELS.get(arm, arm))
                 axis.fill_between(order, [min(v) for v in values], [max(v) for v in values], alpha=0.2, color=colour)
             ratio = tokens / (params * bits / 8)
             axis.axvline(law(ratio), color="grey", ls="--", lw=1, label="f*")
