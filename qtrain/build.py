@@ -63,6 +63,11 @@ def build(config: ConfigDict, dataset: Dataset | None = None) -> Experiment:
             f"multi_precision.distill.rate={method.distill_rate}: distillation compares logits, and model.name="
             f"{fields['name']!r} finds boxes; set it to 0"
         )
+    if method is not None and config.quant.backend == "aqt":
+        raise UsageError(
+            f"multi_precision.widths={method.widths}: quant.backend='aqt' freezes one width at compile time; leave the "
+            "widths empty, or give quant.backend='qtrain'"
+        )
     rules = rules_of(config, method)
     per_width = method.widths if method is not None else ()
     fixed = None

@@ -65,7 +65,8 @@ def base_config(task: str) -> ConfigDict:
                  ``compilation_cache`` (a folder), ``layer_norms``: norms of each parameter's gradient and update, and
                  of the update relative to it, among the metrics
     eval         ``every_steps | every_epochs | every_percent`` (none: only at the end), ``batch_size``; ``splits``, by
-                 the first of which the best checkpoint is kept;
+                 the first of which the best of the checkpoints that fall on an evaluation is kept (``best_checkpoint``
+                 in summary.json; ``init_from=RUN/checkpoints/STEP``);
                  ``reestimate_batches``: norm statistics are re-estimated from so many training batches before it
     checkpoint   ``every_steps | every_epochs | every_percent``, ``keep``
     mesh         sizes of the axes of devices ``data`` and ``fsdp``, -1: all that are left. A batch is split over both;

@@ -7,6 +7,7 @@ them finds, such as data that its host lacks, has to end all of them: the others
 from __future__ import annotations
 
 import json
+import socket
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -37,7 +38,7 @@ def initialize(
 
     Raises:
       UsageError: a part of the three without `detect`, an index that is not below the count, an address without a port,
-        or an environment that JAX does not know.
+        a port that is in use here, or an environment that JAX does not know.
     """
     given = {"--coordinator": coordinator, "--processes": count, "--process": index}
     missing = [name for name, value in given.items() if value is None]
@@ -51,6 +52,8 @@ def initialize(
         raise UsageError(f"--processes {count}: give a number of processes, at least 1")
     if index is not None and (index < 0 or (count is not None and index >= count)):
         raise UsageError(f"--process {index}: give this process's index, from 0 to --processes - 1")
+    if coordinator is not None and index == 0:
+        _check_free(coordinator)
     # SIGTERM is the trainer's to handle: it saves where all processes are at the same step.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -60,6 +63,18 @@ def initialize(
         raise UsageError(
             f"--distributed: JAX detects no cluster here ({reason}); give --coordinator, --processes and --process"
         ) from error
+
+
+def _check_free(coordinator: str) -> None:
+    """Refuse a port that another program has: jaxlib's server, which is to listen there, would end in a crash."""
+    port = coordinator.rpartition(":")[2]
+    with socket.socket() as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", int(port)))
+        except (OSError, OverflowError) as error:
+            why = one_line(error)
+            raise UsageError(f"--coordinator {coordinator}: port {port} cannot be had ({why}); give another") from None
 
 
 def first() -> bool:

@@ -266,11 +266,12 @@ class Run:
         if not np.all(finite):
             bad = int(np.argmin(finite))
             at = step - len(losses) + bad
+            batch = at // self.config.data.repeat
             shown = "/".join(f"{b:g}" for b in bits[bad])
             self.checkpoints.wait()
             saved = self.checkpoints.all_steps()
             raise Diverged(
-                f"loss is {losses[bad]:g}, its gradient's norm {norms[bad]:g} at step {at + 1} (batch {at}, "
+                f"loss is {losses[bad]:g}, its gradient's norm {norms[bad]:g} at step {at + 1} (batch {batch}, "
                 f"bits {shown} of weights/acts/grads); last checkpoint: {saved[-1] if saved else 'none'}"
             )
         quality = {self._quality: self.evaluated.get(self._quality)}  # of the last evaluation
@@ -352,6 +353,7 @@ class Run:
             **self._kept(effective),
             "compilations": self._compilations(),
             "wall_seconds": round(self.progress.elapsed, 3),
+            "best_checkpoint": self.checkpoints.best_step(),
             "bits_final": bits,
             **size_summary(self.experiment.weights, self.state.params, self.state.quant, stored),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),

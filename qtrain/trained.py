@@ -58,3 +58,17 @@ def restored(workdir: str | os.PathLike[str], experiment: Experiment) -> Trained
     variables = {"params": state["params"], "quant": state["quant"], **state["collections"]}
     reached = found.step if steered else experiment.total_steps
     return Trained(experiment, variables, found.step, experiment.precision_after(reached, state.get("previous")))
+
+
+def check_promise(experiment: Experiment, what: str, bits: int) -> None:
+    """Refuse weights of more bits than those of training where the programs on codes were compiled for these.
+
+    Raises:
+      UsageError: naming `what` asks for them.
+    """
+    widest = experiment.qmodel.widest.weights
+    if experiment.plan.choices and widest is not None and bits > widest:
+        raise UsageError(
+            f"{what}: {bits} bits are more than the {widest:g} of the run, which quant.execution="
+            f"{experiment.config.quant.execution!r} relies on; give at most {widest:g}"
+        )

@@ -19,17 +19,19 @@ def write_set(
     file_format="array_record",
     image_format="PNG",
     images=None,
+    unlabelled=(),
 ):
     """Writes `folder` as TFDS lays a prepared set out; returns the pixels and labels by split.
 
-    `images`, by split, stand for random ones of one `shape`; `stored_shape` is what the set says of itself, -1 for any.
+    `images`, by split, stand for random ones of one `shape`; `stored_shape` is what the set says of itself, -1 for any;
+    splits that are `unlabelled` have -1 for every label.
     """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     contents, examples = {}, {}
     for split, count in splits.items():
         pixels = rng.integers(0, 256, size=(count, *shape), dtype=np.uint8) if images is None else images[split]
-        labels = rng.integers(0, 3, size=count)
+        labels = np.full(count, -1) if split in unlabelled else rng.integers(0, 3, size=count)
         examples[split] = []
         for image, number in zip(pixels, labels, strict=True):
             buffer = io.BytesIO()

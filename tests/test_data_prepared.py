@@ -92,6 +92,17 @@ def test_validation_stands_in_for_a_missing_test_split(tmp_path):
         np.testing.assert_array_equal(dataset.eval[split].gather(np.arange(5))[0], contents["validation"][0])
 
 
+def test_a_test_split_without_labels_counts_as_missing(tmp_path):
+    """ImageNet's in TFDS, where its archive was there when the set was prepared: every label is -1."""
+    splits = {"train": 6, "validation": 5, "test": 4}
+    contents = write_set(tmp_path / "tiny" / "1.0.0", splits, unlabelled=("test",))
+    dataset = load(tmp_path)
+    np.testing.assert_array_equal(dataset.eval["test"].gather(np.arange(5))[1], contents["validation"][1])
+    write_set(tmp_path / "other" / "1.0.0", {"train": 6, "test": 4}, unlabelled=("test",))
+    with pytest.raises(UsageError, match="'other' has a test split without labels, and no 'validation'"):
+        load(tmp_path, "tfds:other")
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "tiny_shakespeare", "tfds:imagenet2012", "tfds:emnist/balanced"])
 @pytest.mark.parametrize("folder_exists", [False, True])
 def test_missing_set_fails_fast_and_says_what_to_do(tmp_path, name, folder_exists):

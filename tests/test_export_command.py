@@ -21,6 +21,7 @@ from qtrain.export import file
 from qtrain.export.command import export_run
 from qtrain.sharding import make_mesh
 from qtrain.train import train
+from qtrain.trained import check_promise
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,22 @@ def run(tmp_path_factory):
 def exported(run, tmp_path_factory):
     path = tmp_path_factory.mktemp("file") / "m.safetensors"
     return path, export_run(run[0], path)
+
+
+def test_bits_above_those_that_programs_on_codes_were_compiled_for(run, tmp_path, monkeypatch, capsys):
+    native = build(small_config(quant__execution="native", quant__residuals="folded"))
+    assert native.plan.choices
+    check_promise(native, "--bits", 8)
+    with pytest.raises(UsageError, match=r"--bits: 12 bits are more than the 8 of the run, which quant\.execution="):
+        check_promise(native, "--bits", 12)
+
+    def asked(experiment, what, bits):
+        raise UsageError(f"{what} {bits}: refused")
+
+    monkeypatch.setattr("qtrain.trained.check_promise", asked)
+    out = str(tmp_path / "m.safetensors")
+    assert main.main(["export", "--workdir", str(run[0]), "--out", out, "--bits", "4"]) == 2
+    assert "--bits 4: refused" in capsys.readouterr().err and not os.path.exists(out)
 
 
 def test_a_run_is_exported_at_the_bits_of_its_last_step(run, exported, capsys, tmp_path):

@@ -331,6 +331,7 @@ MISTAKES = [
         {"optimizer__accumulate_steps": 2},
         "optimizer.accumulate_steps=2: with multi_precision.updates='sequential' 1 of",
     ),
+    ({"quant__backend": "aqt"}, r"multi_precision.widths=\(8, 4, 2\): quant.backend='aqt' freezes one width"),
     ({"data__repeat": 0}, "data.repeat is 0; it must be at least 1"),
 ]
 

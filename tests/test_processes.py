@@ -139,6 +139,18 @@ def test_flags_that_are_refused(arguments, message, monkeypatch):
         processes.initialize(*arguments)
 
 
+def test_a_port_that_is_in_use_is_one_line(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: pytest.fail("it was started"))
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            UsageError, match=f"--coordinator localhost:{port}: port {port} cannot be had .*; give another"
+        ):
+            processes.initialize(f"localhost:{port}", 2, 0)
+
+
 def test_a_cluster_that_jax_does_not_know_is_one_line(monkeypatch):
     def undetected(*_):
         raise ValueError("coordinator_address should be defined.")

@@ -200,7 +200,11 @@ def test_points_in_one_program_equal_runs_of_their_own(share, tolerance, separat
     out = capsys.readouterr().out
     assert f"3 points share one train step by {share}" in out and "3 points, 1 compiled train step\n" in out
     assert_same(separate, tmp_path, tolerance)
-    assert all(summary(tmp_path / point.name)["compilations"] == 1 for point in points)
+    for point in points:
+        found = summary(tmp_path / point.name)
+        assert found["compilations"] == 1
+        quality = {row["step"]: row["test_accuracy"] for row in rows(tmp_path / point.name, "eval")}
+        assert list(quality) == [4, 8] and found["best_checkpoint"] == max(quality, key=quality.get)
     stored = json.loads((tmp_path / SWEEP).read_text())
     assert [point["name"] for point in stored["points"]] == [point.name for point in points]
     assert next(iter(stored["choices"].values())) == share

@@ -333,8 +333,8 @@ def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(tmp_path, monke
         return train_step
 
     monkeypatch.setattr("qtrain.programs.make_train_step", poisoned)
-    config = small_config(checkpoint__every_steps=1, train__log_every_steps=1)
-    with pytest.raises(Diverged, match=r"norm inf at step 5 \(batch 4, bits .*last checkpoint: 4$"):
+    config = small_config(checkpoint__every_steps=1, train__log_every_steps=1, data__repeat=2)
+    with pytest.raises(Diverged, match=r"norm inf at step 5 \(batch 2, bits .*last checkpoint: 4$"):
         train(config, str(tmp_path / "run"), quiet=True)
     assert rows(tmp_path / "run", "train")[-1]["step"] == 4
 

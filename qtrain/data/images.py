@@ -167,7 +167,8 @@ def load(
 ) -> ImageSet:
     """The train, validation and test splits of a set that `open_set` accepted, decoded now or at each use.
 
-    Both give the same batches, bit for bit. A set without a test split is tested on its validation split.
+    Both give the same batches, bit for bit. A set without a test split is tested on its validation split, and so is one
+    whose test split has no labels (-1, as ImageNet's in TFDS).
 
     Args:
       prepared: the set.
@@ -178,7 +179,8 @@ def load(
 
     Raises:
       UsageError: `in_memory` for a set of more than `IN_MEMORY_LIMIT` bytes, or where windows are to be cut out of
-        images larger than those held; a `central_crop` of images that keep their size; unreadable records.
+        images larger than those held; a `central_crop` of images that keep their size; unreadable records; no labels
+        to test on.
     """
     stored = tuple(prepared.features["image"].shape)
     shape = image_shape or stored
@@ -202,6 +204,10 @@ def load(
         )
     share = central_crop if resizes else None
     streamed = {split: StreamedImages(prepared.records(split), shape, prepared.unreadable, share) for split in splits}
+    if prepared.splits.get("test") and streamed["test"].gather(np.arange(1))[1][0] < 0:
+        del streamed["test"]
+        if "validation" not in streamed:
+            raise UsageError(f"data.name: {prepared.name!r} has a test split without labels, and no 'validation'")
     # The statistics come before the choice of path, so that it cannot change them.
     mean, std = STATISTICS.get(re.split("[/:]", prepared.name)[0]) or _estimate(streamed["train"])
     sources: dict[str, ImageSource] = {s: source.decode() if in_memory else source for s, source in streamed.items()}

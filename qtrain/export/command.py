@@ -102,7 +102,7 @@ def _prepared(workdir: Any, out: Any, program: Any, bits: int | None, platforms:
 
     from qtrain.export.save import prepare
     from qtrain.export.serving import check_platforms
-    from qtrain.trained import experiment_of, restored
+    from qtrain.trained import check_promise, experiment_of, restored
 
     if platforms is not None:
         check_platforms(platforms)
@@ -115,6 +115,8 @@ def _prepared(workdir: Any, out: Any, program: Any, bits: int | None, platforms:
         )
     inputs = experiment.inputs()
     _, variables, _, precision = restored(workdir, experiment)
+    if bits is not None:
+        check_promise(experiment, "--bits", bits)
     if bits is None:
         bits = _kept(experiment.qmodel.weights(inputs, train=False))
     if bits is not None:

@@ -26,7 +26,7 @@ from qtrain.search.problem import (
     squared_errors,
 )
 from qtrain.sensitivity import DRAWS, weight_traces
-from qtrain.trained import experiment_of, restored
+from qtrain.trained import check_promise, experiment_of, restored
 
 VERSION = 1
 """Of the layout of ``search.json``."""
@@ -81,7 +81,7 @@ def search_run(
         )
     searched = searched_layers(experiment.plan, experiment.weights)
     widths = check_widths(_candidates(experiment, widths), searched)
-    _check_promise(experiment, widths)
+    check_promise(experiment, "widths", max(widths))
 
     example, graph = experiment.inputs(), experiment.dataset.kind == "graph"
     if not graph:  # which is one example
@@ -170,16 +170,6 @@ def _candidates(experiment: Experiment, widths: Sequence[int]) -> Sequence[int]:
     if not experiment.trained_widths:
         raise UsageError("search: the run was not trained at several widths; name the candidates, --widths 8,4,2")
     return experiment.trained_widths
-
-
-def _check_promise(experiment: Experiment, widths: Sequence[int]) -> None:
-    """Programs on codes were compiled for the widths of training, and would be wrong above them."""
-    widest = experiment.qmodel.widest.weights
-    if experiment.plan.choices and widest is not None and max(widths) > widest:
-        raise UsageError(
-            f"widths: {max(widths)} bits are more than the {widest} of the run, which quant.execution="
-            f"{experiment.config.quant.execution!r} relies on; give at most {widest}"
-        )
 
 
 def _batches(experiment: Experiment, count: int, mesh: Any) -> list[Mapping[str, Any]]:
