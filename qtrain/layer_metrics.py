@@ -69,7 +69,8 @@ def make_layer_metrics(experiment: Experiment) -> Callable[..., dict[str, Array]
 
 
 def _transitions(experiment: Experiment, state: TrainState, precision: Precision) -> dict[str, Array]:
-    weights = latent_weights(experiment.weights, experiment.q_max)
+    latent = latent_weights(experiment.weights, experiment.q_max)
+    weights = [weight for weight in latent if hasattr(weight.quantizer, "position")]  # small floats have no steps
     distances = {
         weight.name: {"distance": weight.distance_to_transition(state.params, state.quant, weight.bits(precision))}
         for weight in weights

@@ -86,7 +86,14 @@ def test_results(tmp_path):
     none, one, two, three = (f"{value:.2f} [{value:.2f}, {value:.2f}]" for value in (0, 1, 2, 3))
     assert rows[2:4] == [["weights, decayed", *[one] * 6], ["acts, decayed", none, none, two, none, none, none]]
     assert rows[4:7] == [[f"both, {rate}", one, one, three, one, one, one] for rate in ("decayed", "constant", "held")]
-    assert rows[7] == rows[0] and {cell for row in rows[9:] for cell in row[1:]} == {none}  # all losses are the same
+    assert rows[7] == rows[0] and {cell for row in rows[9:14] for cell in row[1:]} == {none}  # all losses are the same
+    early = {row[1]: row[2:] for row in rows[16:]}  # the first three onsets less the next two
+    third = f"{2 / 3:.2f} [{2 / 3:.2f}, {2 / 3:.2f}]"
+    assert early == {
+        "weights, decayed": [none, none],
+        "acts, decayed": [third, none],
+        **{f"both, {rate}": [third, none] for rate in ("decayed", "constant", "held")},
+    }
     assert (tmp_path / "window.png").stat().st_size > 10_000
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == len(points) and lines[-1]["command"].startswith("qtrain sweep --config")

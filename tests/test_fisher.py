@@ -99,19 +99,21 @@ def brute_force(apply, params, picked):
     return total / len(picked)
 
 
+@pytest.mark.parametrize("fixed", [None, 2])
 @pytest.mark.parametrize("bits", [None, Precision(weights=3, acts=4, grads=2)])
-def test_of_a_model(bits):
+def test_of_a_model(bits, fixed):
     rng = np.random.default_rng(3)
-    qmodel = quantize(Network(), Rule(grad_quantizer=Rule().act_quantizer), widest=8)
+    qmodel = quantize(Network(), Rule(grad_quantizer=Rule().act_quantizer, grads=fixed), widest=8)
     x = rng.normal(size=(4, 6)).astype(np.float32)
     variables = qmodel.init(jax.random.key(0), x)
     variables = {**variables, "batch_stats": {"BatchNorm_0": {"mean": np.full(5, 0.2), "var": np.full(5, 2.0)}}}
     batch = {"image": x, "label": np.zeros(4, np.int32)}
     found = jax.jit(lambda: model_fisher_trace(qmodel, variables, batch, bits=bits, examples=3))()
     forward = None if bits is None else Precision(weights=3, acts=4, grads=32)  # the gradient is not quantized
+    plain = quantize(Network(), Rule(grad_quantizer=Rule().act_quantizer), widest=8)
 
     def apply(params, i):
-        return qmodel.apply({**variables, "params": params}, jnp.asarray(x)[i][None], train=False, bits=forward)[0]
+        return plain.apply({**variables, "params": params}, jnp.asarray(x)[i][None], train=False, bits=forward)[0]
 
     assert float(found.total) == pytest.approx(brute_force(apply, variables["params"], range(3)), rel=1e-4)
     assert jax.tree.structure(found.mean) == jax.tree.structure(variables["params"])

@@ -13,8 +13,9 @@ from inject_models import Scanned, normal
 from qtrain.errors import UsageError
 from qtrain.inject import Rule, quantize
 from qtrain.losses import LOSSES, bin_count, deviation, inverse_scale, penalty_from_config
+from qtrain.losses.thresholds import thresholds_from_config
 from qtrain.precision import Precision
-from qtrain.quantizers import LSQ, TRS, LearnedWidth, Nested, Uniform
+from qtrain.quantizers import LSQ, TRS, Float, LearnedWidth, Nested, Uniform
 
 quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 KEY = jax.random.key(0)
@@ -220,8 +221,19 @@ def test_a_rate_needs_a_learned_scale(name):
     assert set(TERMS) < set(LOSSES)
 
 
-@pytest.mark.parametrize("quantizer", [Nested(), LearnedWidth()])
+@pytest.mark.parametrize("quantizer", [Nested(), LearnedWidth(), Float("e4m3"), Uniform(rounding="stochastic")])
 def test_dampening_is_refused_where_bins_have_no_middle(quantizer):
     weights = quantize(nn.Dense(3), Rule(weight_quantizer=quantizer)).weights(normal(4, 5))
     with pytest.raises(UsageError, match=r"losses\.dampening\.rate=1: 'kernel' is quantized by .*or set it to 0"):
         penalty_from_config({"dampening": {"rate": 1, "schedule": "constant"}}, weights, 10)
+
+
+def test_a_schedule_of_thresholds_needs_one():
+    x, settings = normal(4, 5), {"schedule": "linear_up", "final_factor": 0.1}
+    weights = quantize(nn.Dense(3), Rule(weight_quantizer=Nested(scale_gradient="loss"))).weights(x)
+    with pytest.raises(UsageError, match=r"quant\.threshold\.schedule='linear_up': no weight has a threshold"):
+        thresholds_from_config(settings, weights, 10)
+    weights = quantize(nn.Dense(3), Rule(weight_quantizer=Nested())).weights(x)
+    quant = {"weights": {"threshold": jnp.float32(2.0), "scale": jnp.float32(1.0)}}
+    found = thresholds_from_config(settings, weights, 10)(jnp.int32(0), quant)
+    assert float(found["weights"]["threshold"]) == pytest.approx(0.2) and float(found["weights"]["scale"]) == 1

@@ -13,8 +13,9 @@ from norm_models import InputNorm, batches
 
 from qtrain.errors import UsageError
 from qtrain.inject import Rule, per_width, quantize
+from qtrain.inject.rows_in_use import _longer, table_widths
 from qtrain.precision import Precision
-from qtrain.quantizers import LSQ, DoubleRounding
+from qtrain.quantizers import EWGS, LSQ, DoubleRounding
 from qtrain.reestimate import make_reestimate_step, reestimate
 
 WIDTHS = (8, 6, 4, 2)
@@ -278,6 +279,18 @@ def test_fixed_layers_choose_no_row_and_have_one_of_their_own_table():
         assert rows["quant", "conv1", "acts", "scale"].index == -1 and rows["params", "before", "scale"].index == 0
     fixed = quantize(CNN(), (Rule(weight_quantizer=WEIGHTS, weights=8),), per_width=WIDTHS)
     assert set(fixed.plan(x).norms.values()) == {None} and "before by none" in str(fixed.plan(x))
+
+
+def test_rows_of_a_table_that_another_quantizer_wraps():
+    table = LSQ(across_bits="table", widths=(2, 4, 8))
+    for quantizer in (table, EWGS(table)):
+        x = jax.ShapeDtypeStruct((2, 6), "float32")
+        qmodel = quantize(nn.Dense(4, name="dense"), Rule(weight_quantizer=quantizer, act_quantizer=None))
+        variables = jax.eval_shape(qmodel.init, jax.random.key(0), x)
+        rows = qmodel.rows(Precision(weights=jnp.float32(4)), variables)
+        assert {name[-1]: (row.axis, int(row.index)) for name, row in rows.items()} == {"scale": (0, 1)}
+    rule = Rule(weight_quantizer=EWGS(table))
+    assert table_widths(_longer(rule).weight_quantizer) == (1, 2, 4, 8)
 
 
 def test_models_without_norms_and_rules_without_tables():

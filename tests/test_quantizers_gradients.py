@@ -109,6 +109,17 @@ def test_edge_of_a_calibrated_range():
     )
 
 
+@pytest.mark.parametrize("grid", ["symmetric", "aqt", "sign"])
+def test_a_nan_outside_the_range_it_is_quantized_with_stays_one(grid):
+    """The scale is finite then: a network that has diverged must not look as if it had not."""
+    ranges = {"absmax": jnp.array([3.0]), "absmean": jnp.array([1.0])}
+    x = jnp.array([jnp.nan, -0.5, 0.0, 2.0])
+    for bits in (1, 4):
+        y = jax.jit(Uniform(grid))(x, bits, ranges)
+        np.testing.assert_array_equal(np.isnan(y), [True, False, False, False])
+    np.testing.assert_array_equal(jax.jit(Uniform(grid))(x, 1, ranges)[1:], [-1, 1, 1])
+
+
 def test_nan_in_the_cotangent_passes():
     g = jnp.array([[1.0, jnp.nan], [jnp.inf, 2.0]])
     for clip in (False, True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qtrain.errors import UsageError
-from qtrain.quantizers import EWGS, LSQ, PACT, TRS, DoReFa, Float, Uniform
+from qtrain.quantizers import EWGS, LSQ, PACT, TRS, DoReFa, DoubleRounding, Float, Uniform
 
 X = np.random.default_rng(0).standard_normal((6, 8)).astype(np.float32)
 LEARNED = {
@@ -85,6 +85,24 @@ def test_a_scale_that_was_driven_below_zero_comes_back(name, value):
         # Without a range all is clipped, and a wider one is better: descent must widen it.
         if name != "trs normalised":
             assert step(X, params, jnp.int32(bits))[1][parameter] < 0, (name, bits)
+
+
+@pytest.mark.parametrize(
+    "q", [LSQ(), LSQ(across_bits="keep"), DoubleRounding(high=8)], ids=["rescale", "keep", "double"]
+)
+def test_widths_of_columns_share_one_scale(q):
+    """The factor on a scale's gradient has the shape of the bits then: its gradients are summed over the columns."""
+    params, bits = q.init(X, 4), jnp.array([[2.0, 3, 4, 8, 2, 3, 4, 8]])
+    values, pulled = jax.vjp(lambda scale: q(X, bits, {**params, "scale": scale}), params["scale"])
+    (found,) = pulled(jnp.asarray(X))
+    expected = 0.0
+    for column in range(8):
+        own = float(bits[0, column])
+        alone, pulled = jax.vjp(lambda scale, own=own: q(X, own, {**params, "scale": scale}), params["scale"])
+        np.testing.assert_array_equal(values[:, column], alone[:, column])
+        only = jnp.zeros_like(X).at[:, column].set(X[:, column])
+        expected += float(pulled(only)[0])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_nan_is_not_hidden():

@@ -129,6 +129,12 @@ class Planned(Passes):
         object.__setattr__(other, "_memory", self._memory)  # choices take no part in what is resolved
         return other
 
+    def with_scheduled_gradients(self) -> Self:
+        """The same model, the bits of whose gradients are those of a call alone, whatever its rules fix."""
+        other = dataclasses.replace(self, rules=tuple(dataclasses.replace(rule, grads=None) for rule in self.rules))
+        object.__setattr__(other, "_memory", self._memory)  # nor do bits
+        return other
+
     def rows(self, bits: Bits | None, variables: Any) -> dict[tuple[str, ...], RowInUse]:
         """Of the variables that have a row for each width, the rows that a step at `bits` uses.
 

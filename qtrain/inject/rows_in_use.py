@@ -54,6 +54,7 @@ class Table:
 
 def table_widths(quantizer: Quantizer | None) -> tuple[int, ...]:
     """The widths of a quantizer's table, ascending; () of one that has none."""
+    quantizer = getattr(quantizer, "quantizer", quantizer)  # of one that wraps another, the other's
     return getattr(quantizer, "widths", None) or () if getattr(quantizer, "across_bits", "") == "table" else ()
 
 
@@ -88,7 +89,8 @@ def tables(
             continue
         if not (widths := table_widths(getattr(rules[assigned[layer]], _KINDS[kind]))):
             continue
-        own = within[layer, kind][name[-1]].shape
+        if not (own := within[layer, kind][name[-1]].shape):  # a number for all widths, such as the delta of EWGS
+            continue
         axes = _possible_axes(leaf.shape, own, len(widths))
         found[LEARNED, *name] = Table(axes[0], layer, kind, rules[assigned[layer]])
         unclear += [name] if len(axes) > 1 else []
@@ -135,5 +137,11 @@ def _longer(rule: Rule) -> Rule:
         quantizer = getattr(rule, field)
         if widths := table_widths(quantizer):
             another = next(width for width in range(1, FLOAT_BITS) if width not in widths)
-            changed[field] = dataclasses.replace(quantizer, widths=tuple(sorted((*widths, another))))
+            changed[field] = _with_widths(quantizer, tuple(sorted((*widths, another))))
     return dataclasses.replace(rule, **changed)
+
+
+def _with_widths(quantizer: Any, widths: tuple[int, ...]) -> Any:
+    inner = getattr(quantizer, "quantizer", None)
+    changed = {"widths": widths} if inner is None else {"quantizer": _with_widths(inner, widths)}
+    return dataclasses.replace(quantizer, **changed)

@@ -25,7 +25,8 @@ def dampening(weights: Sequence[Weight], params: Any, quant: Any, precision: Pre
     none. In squared units of the weights. Weights at 24 bits and above have no grid, and no part in it. Nagel et al.,
     "Overcoming Oscillations in Quantization-Aware Training", ICML 2022 (arXiv 2203.11086), eq. 5; their coefficient
     rises to 0.1 over the run: ``schedule="cosine_up"``. Not for quantizers that choose their width (`unsuited`): the
-    levels of `Nested` are the edges of its bins, and the ends of `LearnedWidth` move.
+    levels of `Nested` are the edges of its bins, and the ends of `LearnedWidth` move; nor for small floats, nor for
+    stochastic rounding, which has no bins.
     """
     total = jnp.zeros(())
     held = jax.lax.stop_gradient({"params": params, "quant": quant})
@@ -112,8 +113,9 @@ def unscaled(weights: Sequence[Weight]) -> str | None:
 def unsuited(weights: Sequence[Weight]) -> str | None:
     """Why `dampening` cannot be had; None where it can."""
     for weight in weights:
-        if weight.quantizer.chooses_width:
-            return f"{weight.name!r} is quantized by {weight.quantizer.describe()!r}, whose bins it has no middle of"
+        quantizer = weight.quantizer
+        if quantizer.chooses_width or quantizer.stochastic or not hasattr(quantizer, "position"):
+            return f"{weight.name!r} is quantized by {quantizer.describe()!r}, whose bins it has no middle of"
     return None
 
 

@@ -39,10 +39,10 @@ def thresholds_from_config(
         raise UsageError(f"quant.threshold.final_factor={floor!r}: give a number above 0")
     if schedule == "constant":
         return lambda step, quant: quant
-    if not any(hasattr(weight.quantizer, "threshold") for weight in weights):
+    if all(getattr(weight.quantizer, "threshold", None) is None for weight in weights):
         raise UsageError(
             f"quant.threshold.schedule={schedule!r}: no weight has a threshold; give 'constant', or "
-            "quant.weights='nested'"
+            "quant.weights='nested', whose scales follow the ratio of gradients"
         )
 
     def scheduled(step: Array, quant: Any) -> Any:

@@ -128,9 +128,9 @@ class S5Classifier(_Stack, kw_only=True):
 
 
 class S5LM(_Stack, kw_only=True):
-    """Tokens ``(batch, length)`` to float32 logits of the next token ``(batch, length, num_classes)``.
+    """Tokens ``(batch, length)`` to float32 logits of the next token ``(batch, length, vocab_size)``.
 
-    Token embeddings of `num_classes` tokens, `num_layers` state-space layers, which are causal, a layer norm and a head
+    Token embeddings of `vocab_size` tokens, `num_layers` state-space layers, which are causal, a layer norm and a head
     without bias. The length is free: nothing is learned for a position.
 
     Fields: those of `_Stack`, by name, and

@@ -21,7 +21,7 @@ from qtrain.quantizers.base import (
     straight_through,
 )
 from qtrain.quantizers.granularity import Layout, Per, layout
-from qtrain.quantizers.scales import SMALLEST
+from qtrain.quantizers.scales import SMALLEST, signs
 from qtrain.quantizers.uniform import AffineScale
 
 
@@ -234,14 +234,18 @@ def _on_grid_jvp(primals: tuple[Array, Array, Gradient], tangents: tuple[Array, 
 
 
 @jax.custom_jvp
-def scaled_gradient(x: Array, factor: Array) -> Array:
-    """`x`, exactly; its gradient is multiplied by `factor`."""
+def _scaled_gradient(x: Array, factor: Array) -> Array:
     return x
 
 
-@scaled_gradient.defjvp
+@_scaled_gradient.defjvp
 def _scaled_gradient_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
-    return scaled_gradient(*primals), tangents[0] * primals[1]
+    return _scaled_gradient(*primals), tangents[0] * primals[1]
+
+
+def scaled_gradient(x: Array, factor: Array) -> Array:
+    """`x`, exactly, in the shape that it and `factor` broadcast to; its gradient is multiplied by `factor`."""
+    return _scaled_gradient(jnp.broadcast_to(x, jnp.broadcast_shapes(x.shape, jnp.shape(factor))), factor)
 
 
 def floored(scale: Array) -> Array:
@@ -273,8 +277,7 @@ def _codes(values: Array, grid: Grid, dtype: Any) -> tuple[Array, Array]:
         values = values - _rounded(grid.offset, dtype)
     in_steps = values * (1.0 / step)
     codes = jnp.clip(jnp.round(in_steps), grid.low, grid.high)
-    signs = jnp.where(in_steps >= 0, 1.0, jnp.where(in_steps < 0, -1.0, in_steps))  # a NaN is neither
-    return jnp.where(grid.sign, signs, codes), in_steps
+    return jnp.where(grid.sign, signs(in_steps), codes), in_steps
 
 
 def _rounded(value: Array, dtype: Any) -> Array:

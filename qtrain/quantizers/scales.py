@@ -34,6 +34,11 @@ def reduce_range(values: Array, name: str, axes: tuple[int, ...]) -> Array:
     return largest
 
 
+def signs(values: Array) -> Array:
+    """1 where `values` are at least 0, −1 below, float32; a NaN, which is neither, stays one."""
+    return jnp.where(values >= 0, 1.0, jnp.where(values < 0, -1.0, values.astype(jnp.float32)))
+
+
 def positive(step: Array) -> Array:
     """`step`, or `SMALLEST` where it is less; NaN stays NaN."""
     return jnp.maximum(step, SMALLEST)

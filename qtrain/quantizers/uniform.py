@@ -23,7 +23,7 @@ from qtrain.quantizers.base import (
 )
 from qtrain.quantizers.coded import Coded, without_dead
 from qtrain.quantizers.granularity import Layout, Per, check_per, layout
-from qtrain.quantizers.scales import positive, reduce_range, round_stochastically
+from qtrain.quantizers.scales import positive, reduce_range, round_stochastically, signs
 from qtrain.quantizers.zero_points import zero_point
 
 GRIDS = ("symmetric", "aqt", "affine", "unsigned", "sign")
@@ -60,7 +60,8 @@ class Uniform(Quantizer):
     `x` itself. Arithmetic is float32. Quotients are computed as x·(1/s) and M·(1/n), which is what XLA makes of a
     division by a broadcast scalar, so that compiled and eager calls, scalar and vector widths agree. s has the dtype
     of `x` and is at least the smallest normal float32: an all-zero tensor stays zero (±1e-38 on the sign grid), a
-    constant one is reproduced. Finite inputs give finite results up to 1e37 in magnitude; a NaN or an infinity makes
+    constant one is reproduced. Finite inputs give finite results up to 1e37 in magnitude (at 1 bit, where the scale is
+    the mean of n elements, up to 1e38/n). A NaN stays one; where the range is that of `x`, a NaN or an infinity makes
     everything that shares its scale NaN (or infinite).
 
     Gradient with respect to x: 1 everywhere, as in CPT's and AQT's defaults; with `clip_gradient`, 0 where x lies more
@@ -250,7 +251,10 @@ class Uniform(Quantizer):
         return (scale.scale if isinstance(scale, AffineScale) else scale).astype(jnp.float32)
 
     def decode(self, codes: Array, scale: Any, *, axes: Axes | None = None) -> Array:
-        """The values that `codes` stand for, in the dtype of `scale`; equals the call on what was encoded, exactly."""
+        """The values that `codes` stand for, in the dtype of `scale`; equals the call on what was encoded.
+
+        Exactly so; of ``affine``, whose product and sum a compiler may fuse, up to the rounding of the product.
+        """
         view = layout(codes.shape, self.per, axes)
         return self._values(codes.reshape(view.shape).astype(jnp.float32), scale).reshape(codes.shape)
 
@@ -363,7 +367,7 @@ class Uniform(Quantizer):
         step = scale.scale if isinstance(scale, AffineScale) else scale
         in_steps = self._in_steps(values, scale)
         if self.grid == "sign":
-            return jnp.where(values >= 0, 1.0, -1.0), in_steps
+            return signs(values), in_steps
         if self.rounding == "stochastic":
             rounded = round_stochastically(in_steps, key, step)
         elif self.rounding == "floor":
@@ -373,7 +377,7 @@ class Uniform(Quantizer):
         low, high = self._bounds(bits)
         codes = jnp.clip(rounded, low, high)
         if self.grid in ("symmetric", "aqt"):
-            codes = jnp.where(bits == 1, jnp.where(values >= 0, 1.0, -1.0), codes)
+            codes = jnp.where(bits == 1, signs(values), codes)
         return codes, in_steps
 
     def _values(self, codes: Array, scale: Any) -> Array:

@@ -141,22 +141,23 @@ def model_fisher_trace(
         raise UsageError("fisher_trace: the model finds boxes, and the Fisher information is of what chooses a class")
     others = {name: value for name, value in variables.items() if name != "params"}
     rngs = {"quant": jax.random.key(0)}  # as in evaluation: a function of the variables alone
-    forward = _without_gradient_bits(bits)
+    quantizes = any(rule.grad_quantizer is not None for rule in qmodel.rules)
+    forward, plain = _without_gradient_bits(bits, quantizes), qmodel.with_scheduled_gradients()
 
     def logits(params: Any, index: Array) -> Array:
         arguments = task.example(batch, index)
-        outputs = qmodel.apply({**others, "params": params}, arguments, train=False, bits=forward, rngs=rngs)
+        outputs = plain.apply({**others, "params": params}, arguments, train=False, bits=forward, rngs=rngs)
         return task.prediction(outputs, index)
 
     return fisher_trace(logits, variables["params"], task.indices(batch, examples), key, samples)
 
 
-def _without_gradient_bits(bits: Bits | None) -> Bits | None:
+def _without_gradient_bits(bits: Bits | None, quantizes: bool) -> Bits | None:
     if bits is None:
         return None
     if not isinstance(bits, Precision):
-        return {path: _without_gradient_bits(one) for path, one in bits.items()}  # type: ignore[misc]
-    return dataclasses.replace(bits, grads=None if bits.grads is None else FLOAT_BITS)
+        return {path: _without_gradient_bits(one, quantizes) for path, one in bits.items()}  # type: ignore[misc]
+    return dataclasses.replace(bits, grads=FLOAT_BITS if quantizes else None)
 
 
 class FisherSettings(NamedTuple):
