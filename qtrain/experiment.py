@@ -105,13 +105,20 @@ class Experiment:
         if self.losses is not None:
             losses = dataclasses.replace(self.losses, rates=tables.losses)
             additions = dataclasses.replace(additions, penalty=penalty_of(losses, self.budget))
-        if self.deficit is not None:
-            observed = dataclasses.replace(self.deficit, switch=tables.deficit)
-            additions = dataclasses.replace(additions, observed=observed)
         bound = dataclasses.replace(
             self, reads=tables, optimizer=self.optimizer_at(rate), learning_rate=rate, additions=additions
         )
+        if self.deficit is not None:
+            bound = bound.observing(dataclasses.replace(self.deficit, switch=tables.deficit))
         return bound.steered_by_numbers(tables.controller)
+
+    def observing(self, deficit: Deficit | None) -> Experiment:
+        """The same with another window of its deficit, which may be traced; None: it has none."""
+        if deficit is None:
+            return self
+        return dataclasses.replace(
+            self, deficit=deficit, additions=dataclasses.replace(self.additions, observed=deficit)
+        )
 
     def steered_by_numbers(self, numbers: Packed | None) -> Experiment:
         """The same with other numbers of its controller, packed and perhaps traced, as `Tables` have them."""

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import grid
 import numpy as np
-from grid import COOLDOWN
 
 from qtrain.planner import FractionLaw, Row, fit
 from qtrain.planner.runs import FLOAT_BITS, read_runs
@@ -27,9 +27,9 @@ from qtrain.statistics import bootstrap_interval
 from qtrain.workdir import CONFIG, DONE, read_config, read_summary
 
 HERE = Path(__file__).parent
-ARMS = ("fused", "cooldown", "fixed")
+ARMS = (*grid.ARMS, "fixed")
 LABELS = {"fixed": "fixed decay"}
-DECAY = COOLDOWN / 100
+DECAY = grid.COOLDOWN / 100
 RESULTS = HERE / "results.jsonl"
 NUMBERS = ("test_loss_scheduled", "test_accuracy_scheduled", "test_loss_float", "parameters", "steps")
 COMMAND = (

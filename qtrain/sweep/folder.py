@@ -57,8 +57,9 @@ class Folder:
                     f"--workdir {path!r} holds {strange[0]!r} and no {SWEEP}; give a new or an empty folder"
                 )
             recorded = self._read(ERRORS) or {}
-            if left := {name: recorded[name] for name in recorded if name not in names}:
-                self._write(ERRORS, {name: entry for name, entry in recorded.items() if name not in left})
+            kept = {name: entry for name, entry in recorded.items() if name in names}
+            if kept != recorded:  # of a sweep that never began
+                self._write(ERRORS, kept)
         else:
             self._check(stored, mine)
         current = {**mine, "choices": (stored or {}).get("choices", {})}
@@ -155,13 +156,8 @@ def as_begun(points: Sequence[Point], path: str) -> list[Point]:
     """
     stored = _read(Path(path) / SWEEP) or {}
     entries = stored["points"] if stored.get("program") == _PROGRAM else []
-    names = {entry["index"]: entry["name"] for entry in entries}
-    same = {entry["index"] for entry, point in zip(entries, points, strict=False) if _same(entry, point)}
-    return [dataclasses.replace(p, name=names[p.index]) if p.index in same else p for p in points]
-
-
-def _same(entry: dict[str, Any], point: Point) -> bool:
-    return bool(entry["index"] == point.index and entry["overrides"] == _plain(point.overrides))
+    names = {p.index: e["name"] for e, p in zip(entries, points, strict=False) if e["overrides"] == _plain(p.overrides)}
+    return [dataclasses.replace(point, name=names.get(point.index, point.name)) for point in points]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

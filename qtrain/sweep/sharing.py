@@ -124,17 +124,13 @@ def vary(base: Experiment, point: Point) -> Experiment:
     assert base.widths is not None
     fields = config.optimizer.to_dict()
     rate = learning_rate_schedule(fields, base.total_steps, steps_per_epoch, base.steps_per_update)
-    steered = base.steered_by(controller)
     deficit = deficit_from_config(config.deficit, base.dataset, base.total_steps, steps_per_epoch)
     return dataclasses.replace(
-        steered,
+        base.steered_by(controller).observing(deficit),
         config=config,
         schedule=schedule,
         learning_rate=rate,
         losses=losses_of(config, base.widths, schedule.q_max, base.total_steps),
-        deficit=deficit,
-        # Quantizers begin with the first batch as it is observed; to the step its window is data.
-        additions=steered.additions if deficit is None else dataclasses.replace(steered.additions, observed=deficit),
     )
 
 
