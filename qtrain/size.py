@@ -122,8 +122,8 @@ def size_metrics(
         codes, scale = encode(weight, params, quant, jnp.minimum(bits, FLOAT_BITS - 1))
         size = traced_size(codes, stored_scale_bytes(scale))
         values = jnp.asarray(bits, jnp.float32) >= FLOAT_BITS
-        as_float = TensorSize(size.levels, size.span, 32.0, 32.0, 4.0 * weight.size, 0.0)
-        size = TensorSize(*(jnp.where(values, a, b) for a, b in zip(as_float, size, strict=True)))
+        as_float = _as_float(weight)._replace(levels=size.levels, span=size.span)
+        size = TensorSize(*(jnp.where(values, jnp.float32(a), b) for a, b in zip(as_float, size, strict=True)))
         sizes.append((weight, size))
         for name in ("levels", "bits", "entropy_bits"):
             found[f"size/{weight.name}/{name}"] = getattr(size, name)
@@ -146,25 +146,27 @@ def size_summary(
     """The same over all weights at the end of a run, exactly (NumPy): for ``summary.json``.
 
     ``weight_bits``, ``weight_entropy_bits``, ``stored_bytes``, ``compression`` and ``compression_model`` are the
-    ``size/…`` of `size_metrics` without a parameter's name; empty where no weight is quantized.
+    ``size/…`` of `size_metrics` without a parameter's name, elements left in float among them; empty where no weight is
+    quantized.
 
     Args:
       weights, params, quant: of the model.
       precision: Python numbers.
     """
-    kept = below_float(weights, precision)
-    if not kept:
+    weights = quantized_at(weights, precision)
+    if not weights:
         return {}
+    kept = below_float(weights, precision)
     encoded = _encoded(kept, params, quant, [np.float32(weight.bits(precision)) for weight in kept])
-    sizes = {
-        name: measure(np.asarray(to_host(codes)), stored_scale_bytes(scale)) for name, (codes, scale) in encoded.items()
-    }
-    total = sum(weight.size for weight in kept)
+    sizes = {weight.name: _as_float(weight) for weight in weights}
+    for name, (codes, scale) in encoded.items():
+        sizes[name] = measure(np.asarray(to_host(codes)), stored_scale_bytes(scale))
+    total = sum(weight.size for weight in weights)
     rest = _parameters(params) - total
     stored = sum(size.bytes for size in sizes.values())
     return {
-        "weight_bits": sum(sizes[w.name].bits * w.size for w in kept) / total,
-        "weight_entropy_bits": sum(sizes[w.name].entropy_bits * w.size for w in kept) / total,
+        "weight_bits": sum(sizes[w.name].bits * w.size for w in weights) / total,
+        "weight_entropy_bits": sum(sizes[w.name].entropy_bits * w.size for w in weights) / total,
         "stored_bytes": stored,
         "compression": 4 * total / stored,
         "compression_model": 4 * (total + rest) / (stored + 4 * rest),
@@ -177,6 +179,11 @@ def _encoded(
 ) -> dict[str, tuple[Array, Any]]:
     """Codes and scales by name; bits are traced, so that the runs of a sweep share the program."""
     return {weight.name: encode(weight, params, quant, own) for weight, own in zip(weights, bits, strict=True)}
+
+
+def _as_float(weight: Weight) -> TensorSize:
+    """Of a weight that is left in float: 32 bits an element; its levels are not counted."""
+    return TensorSize(0, 0, 32, 32.0, 4 * weight.size, 0)
 
 
 def stored_scale_bytes(scale: Any) -> int:

@@ -123,6 +123,21 @@ def test_bits_are_data_and_what_they_leave_in_float_takes_32(model):
     assert len(set(fixed)) == 1 and fixed[0] <= 8
     for each in found[2:]:
         assert float(each["size/Dense_1/kernel/bits"]) == float(each["size/Dense_1/bias/entropy_bits"]) == 32.0
+    # The summary counts them too: the run that ends in float is not the smaller one.
+    summary = size_summary(weights, variables["params"], variables["quant"], Precision(weights=32, acts=8))
+    assert summary["stored_bytes"] == float(found[2]["size/bytes"])
+    assert summary["weight_bits"] == pytest.approx(float(found[2]["size/bits"]), rel=1e-6)
+    assert summary["weight_entropy_bits"] == pytest.approx(float(found[2]["size/entropy_bits"]), rel=1e-5)
+
+
+def test_a_model_wholly_in_float_has_its_four_bytes_an_element():
+    inputs = jnp.ones((1, 8))
+    qmodel = qtrain.quantize(TwoLayers(), Rule())
+    params = qmodel.init(KEY, inputs)["params"]
+    summary = size_summary(qmodel.weights(inputs), params, {}, Precision(weights=32))
+    assert summary["stored_bytes"] == 4 * (8 * 16 + 16 * 4)
+    assert summary["weight_bits"] == summary["weight_entropy_bits"] == 32
+    assert summary["compression"] == summary["compression_model"] == 1
 
 
 def test_where_no_weight_is_quantized_there_is_nothing_to_say():
@@ -133,5 +148,4 @@ def test_where_no_weight_is_quantized_there_is_nothing_to_say():
         assert size_metrics(weights, params, {}, bits) == {}
         assert size_summary(weights, params, {}, bits) == {}
     weights = qtrain.quantize(TwoLayers(), Rule()).weights(inputs)
-    for bits in (Precision(), Precision(weights=32)):
-        assert size_summary(weights, params, {}, bits) == {}
+    assert size_summary(weights, params, {}, Precision()) == {}
