@@ -96,11 +96,6 @@ class Progress:
             return True
         return False
 
-    def note(self, text: str) -> None:
-        """Print `text` on lines of its own, above the moving line if there is one; also when not `enabled`."""
-        self._stream.write((_CLEAR if self._line else "") + text + "\n" + self._line)
-        self._stream.flush()
-
     def close(self) -> None:
         """Show the last update if it was not, and leave the cursor on a new line."""
         if self._enabled and self._first is not None and self._drawn_step != self._step:

@@ -140,21 +140,9 @@ def test_a_terminal_has_one_line(monkeypatch):
         drawn += progress.update(step, loss="x" * (1000 - step if step < 100 else 1))
     assert drawn == pytest.approx(9.99 / 0.25, abs=3)
     assert len(screen(stream.getvalue())) == 1
-    progress.note("checkpoint saved")
-    above, line = screen(stream.getvalue())
-    assert above == "checkpoint saved" and line.startswith("step ")
     progress.update(1000, loss="x")
-    progress.note("two\nlines")
     progress.close()
-    progress.note("after")
-    assert screen(stream.getvalue()) == [
-        "checkpoint saved",
-        "two",
-        "lines",
-        "step 1000/1000  100%  loss x  100 steps/s  ETA 0:00  elapsed 0:10",
-        "after",
-        "",
-    ]
+    assert screen(stream.getvalue()) == ["step 1000/1000  100%  loss x  100 steps/s  ETA 0:00  elapsed 0:10", ""]
 
 
 def test_a_terminals_line_does_not_wrap(monkeypatch):
@@ -175,8 +163,6 @@ def test_switched_off_fetches_nothing():
         assert not progress.update(step, loss=Unfetched(), bits=(Unfetched(),) * 3)
     progress.close()
     assert stream.getvalue() == "" and progress.steps_per_second == 1 and progress.elapsed == 100
-    progress.note("said all the same")
-    assert stream.getvalue() == "said all the same\n"
 
     progress, clock, stream = make(100)
     progress.update(1)
