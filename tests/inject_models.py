@@ -229,6 +229,9 @@ def random_variables(model, *args, **kwargs):
     return jax.tree.map(lambda leaf: jnp.asarray(0.4 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
 
 
+KEY = jax.random.key(0)
+X = normal(4, 6)
+
 # name → (model, arguments, keywords).
 MODELS: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {
     "compact": (MLP(), (normal(4, 6),), {}),
