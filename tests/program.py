@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from qtrain import data
 from qtrain.build import build
@@ -94,6 +95,11 @@ def final_state(config, folder):
     """The train state in the last checkpoint of a run."""
     experiment = build(config)
     return restore(folder, jax.eval_shape(lambda: initial_state(experiment))).state
+
+
+def assert_equal(left, right):
+    """The same numbers in both trees."""
+    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 class Steps:

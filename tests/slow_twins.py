@@ -72,11 +72,11 @@ SLOW_TWINS = frozenset(
         "test_resume.py::test_resumed_equals_uninterrupted[unfinished--9-checkpoints6]",
         "test_resume.py::test_resumed_equals_uninterrupted[unsealed 2--9-checkpoints3]",
         "test_s5.py::test_the_naive_parametrisation_is_the_same_function_and_breaks_at_4_bits[zoh]",
-        "test_train.py::test_aqt_backend_trains_as_qtrain_with_its_grid[digits_cnn-4]",
-        "test_train.py::test_aqt_backend_trains_as_qtrain_with_its_grid[digits_mlp-8]",
-        "test_train.py::test_one_compilation_whatever_the_schedule[delayed-overrides2]",
-        "test_train.py::test_one_compilation_whatever_the_schedule[window-overrides1]",
         "test_train.py::test_saving_of_a_window_by_hand",
-        "test_train.py::test_the_first_step_is_what_it_was[digits_cnn_static-expected1-0.0001]",
+        "test_train_step.py::test_aqt_backend_trains_as_qtrain_with_its_grid[digits_cnn-4]",
+        "test_train_step.py::test_aqt_backend_trains_as_qtrain_with_its_grid[digits_mlp-8]",
+        "test_train_step.py::test_one_compilation_whatever_the_schedule[delayed-overrides2]",
+        "test_train_step.py::test_one_compilation_whatever_the_schedule[window-overrides1]",
+        "test_train_step.py::test_the_first_step_is_what_it_was[digits_cnn_static-expected1-0.0001]",
     }
 )

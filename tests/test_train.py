@@ -1,28 +1,18 @@
-"""Training: one program, results that do not depend on how steps are dispatched, exact cost, metrics, divergence."""
+"""Training: exact cost, metrics, evaluation, runs that are functions of their configs, and what reads them."""
 
 import csv
-import dataclasses
-import logging
 import math
-import os
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from program import CONFIGS, SCHEDULES, Steps, final_state, rows, small_config, snapshot
+from program import Steps, final_state, rows, small_config, snapshot
 
-from qtrain import cost, main, overrides, workdir
+from qtrain import cost, workdir
 from qtrain.build import build
-from qtrain.config import base_config, finish
-from qtrain.data import ImageArrays, digits
-from qtrain.errors import UsageError
 from qtrain.precision import Precision
-from qtrain.quantizers import native
-from qtrain.start import as_started
-from qtrain.state import make_train_step
-from qtrain.train import Diverged, Run, train
+from qtrain.train import train
 
 
 @pytest.fixture(scope="module")
@@ -30,113 +20,6 @@ def reference(tmp_path_factory):
     """A small run that logs every step: its config, folder and summary."""
     config, folder = small_config(train__log_every_steps=1), tmp_path_factory.mktemp("reference") / "run"
     return config, folder, train(config, str(folder), quiet=True)
-
-
-def assert_equal(left, right):
-    jax.tree.map(np.testing.assert_array_equal, left, right)
-
-
-# --- one program
-
-
-PER_KIND = {"acts": {"name": "window", "low": 4, "high": 8, "start_percent": 25.0, "length_percent": 50.0}}
-
-
-@pytest.mark.parametrize(
-    ("schedule", "overrides"),
-    [
-        ("constant", {}),
-        ("window", {}),
-        ("delayed", {}),
-        ("cyclic", {"acts": PER_KIND["acts"], "grads": {"name": "linear", "start_bits": 12, "end_bits": 4}}),
-    ],
-)
-def test_one_compilation_whatever_the_schedule(schedule, overrides, tmp_path, caplog):
-    config = base_config("digits_mlp")
-    config.model.features = (16,)
-    config.schedule.update(**SCHEDULES[schedule])
-    for kind, values in overrides.items():
-        config.schedule[kind].update(**values)
-    config.train.update(steps=20, log_every_steps=5)
-    config.data.batch_size = 32
-    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
-        summary = train(finish(config), str(tmp_path / "run"), quiet=True)
-    compiled = re.findall(r"Compiling (?:jit\()?(\w+)", caplog.text)
-    assert compiled.count("train_step") == 1 == summary["compilations"]
-    assert compiled.count("eval_step") == 2, "one program for all bits, one for float"
-    bits = {
-        tuple(row[f"bits_{kind}"] for kind in ("weights", "acts", "grads")) for row in rows(tmp_path / "run", "train")
-    }
-    assert len(bits) > 1 or schedule == "constant"
-
-
-def test_steps_per_dispatch_changes_nothing(tmp_path):
-    results = []
-    for per_dispatch in (1, 3):
-        # 12 steps: evaluation and checkpoints at 5 are moved to the next multiple.
-        config = small_config(train__steps_per_dispatch=per_dispatch, checkpoint__every_steps=6, eval__every_steps=6)
-        folder = tmp_path / str(per_dispatch)
-        summary = train(config, str(folder), quiet=True)
-        assert summary["compilations"] == 1
-        results.append((final_state(config, folder), rows(folder), {**summary, "wall_seconds": 0}))
-    (one, one_rows, one_summary), (three, three_rows, three_summary) = results
-    # Bit for bit on a CPU, whose scan runs the same operations; elsewhere fusion may differ in the last bits.
-    if jax.default_backend() == "cpu":
-        assert_equal(one, three)
-        assert one_rows == three_rows and one_summary == three_summary
-    else:
-        np.testing.assert_allclose(one_summary["test_loss"], three_summary["test_loss"], rtol=1e-2)
-
-
-# --- the optimizer inside the step
-
-
-def float_sgd(**overrides):
-    return small_config(
-        schedule="constant",
-        optimizer__name="sgd",
-        optimizer__momentum=0.0,
-        optimizer__schedule="constant",
-        optimizer__learning_rate=0.1,
-        schedule__bits=32,
-        **overrides,
-    )
-
-
-def test_accumulated_gradients_equal_a_big_batch():
-    big = Steps(float_sgd(data__batch_size=32, grads=32))
-    small = Steps(float_sgd(data__batch_size=16, grads=32, optimizer__accumulate_steps=2))
-    with big.batches() as batches:
-        for _ in range(3):
-            batch = next(batches)
-            big(batch)
-            first = small({name: value[:16] for name, value in batch.items()})
-            second = small({name: value[16:] for name, value in batch.items()})
-            assert first["update_norm"] == 0 and second["update_norm"] > 0
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=1e-6), big.state.params, small.state.params
-    )
-
-
-def test_clipping_bounds_the_update_and_not_the_metric():
-    steps = Steps(float_sgd(optimizer__clip_norm=0.01, grads=32))
-    with steps.batches() as batches:
-        found = steps(next(batches))
-    assert found["grad_norm"] > 0.5
-    assert found["update_norm"] == pytest.approx(0.1 * 0.01, rel=1e-5)
-
-
-def test_weight_decay_enters_the_gradient():
-    batch = next(Steps(float_sgd()).batches())
-    plain, decayed = Steps(float_sgd(grads=32)), Steps(float_sgd(grads=32, optimizer__weight_decay=0.5))
-    start = plain.state.params
-    plain(batch), decayed(batch)
-
-    def check(path, before, without, with_decay):
-        factor = 0.1 * 0.5 if before.ndim > 1 else 0.0
-        np.testing.assert_allclose(without - with_decay, factor * before, atol=1e-6, err_msg=str(path))
-
-    jax.tree_util.tree_map_with_path(check, start, plain.state.params, decayed.state.params)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(reference, tmp_path):
@@ -223,33 +106,6 @@ def test_rows_average_over_the_steps_between_them(reference, tmp_path):
         assert row["grad_norm_ratio_on_change"] == pytest.approx(np.mean(ratios), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected", "tolerance"),
-    [
-        # At 3 bits a sum that cancels is 0 or ±1e-9, by its order, and a ReLU passes its gradient on or does not.
-        (
-            "digits_mlp_cpt",
-            {"loss": 2.419975, "accuracy": 10 / 64, "grad_norm": 1.63716, "update_norm": 0.305339},
-            5e-3,
-        ),
-        (
-            "digits_cnn_static",
-            {"loss": 2.317781, "accuracy": 3 / 64, "grad_norm": 1.176304, "update_norm": 0.429933},
-            1e-4,
-        ),
-    ],
-)
-def test_the_first_step_is_what_it_was(name, expected, tolerance):
-    """Pins the numerics: initial values, data, quantizers, loss, gradient, optimizer. Change it only on purpose."""
-    steps = Steps(overrides.load(f"{CONFIGS / name}.py"))
-    with steps.batches() as batches:
-        found = steps(next(batches))
-    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert found["accuracy"] == expected["accuracy"]
-    for key in ("grad_norm", "update_norm"):
-        assert found[key] == pytest.approx(expected[key], rel=tolerance)
-
-
 # --- evaluation
 
 
@@ -289,197 +145,6 @@ def test_evaluation_in_small_batches_is_the_same(reference, tmp_path):
         assert parts[name] == pytest.approx(whole[name], rel=1e-5)
 
 
-# --- what stops a run
-
-
-def test_divergence_stops_with_step_batch_and_bits(tmp_path, capsys):
-    path = tmp_path / "config.py"
-    path.write_text(
-        "from program import small_config\n"
-        "def get_config():\n"
-        "    return small_config(optimizer__name='sgd', optimizer__learning_rate=1e30, checkpoint__every_steps=1)\n"
-    )
-    arguments = ["train", "--config", str(path), "--workdir", str(tmp_path / "run"), "--quiet"]
-    assert main.main(arguments) == main.DIVERGED == 1
-    out, error = capsys.readouterr()
-    match = re.fullmatch(
-        r"qtrain: loss is (\S+), its gradient's norm (\S+) at step (\d+) \(batch (\d+), "
-        r"bits (\d)/(\d)/8 of weights/acts/grads\); last checkpoint: (\d+|none)\n",
-        error,
-    )
-    assert match and out == "", error
-    assert not (math.isfinite(float(match[1])) and math.isfinite(float(match[2])))
-    step, batch = int(match[3]), int(match[4])
-    assert batch == step - 1 <= 4
-    experiment = build(small_config())
-    assert int(match[5]) == experiment.precision_at(batch).weights
-    # Nothing of the diverged state was kept, and the run is not done.
-    steps = sorted(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints") if name.isdigit())
-    assert max(steps, default=0) < step
-    assert not (tmp_path / "run" / "DONE").exists()
-    assert main.main(arguments) == 1, "and again when it is resumed"
-
-
-def test_a_gradient_that_is_not_finite_stops_a_run_whose_loss_is(tmp_path, monkeypatch):
-    real = make_train_step
-
-    def poisoned(*args):
-        step = real(*args)
-
-        def train_step(state, batch, key):
-            state, out = step(state, batch, key)
-            return state, {**out, "grad_norm": jnp.where(state.step == 5, jnp.inf, out["grad_norm"])}
-
-        return train_step
-
-    monkeypatch.setattr("qtrain.programs.make_train_step", poisoned)
-    config = small_config(checkpoint__every_steps=1, train__log_every_steps=1, data__repeat=2)
-    with pytest.raises(Diverged, match=r"norm inf at step 5 \(batch 2, bits .*last checkpoint: 4$"):
-        train(config, str(tmp_path / "run"), quiet=True)
-    assert rows(tmp_path / "run", "train")[-1]["step"] == 4
-
-
-def test_divergence_inside_a_dispatch_names_its_step(tmp_path):
-    config = small_config(optimizer__name="sgd", optimizer__learning_rate=1e30, train__steps_per_dispatch=3)
-    with pytest.raises(Diverged, match=r"at step [1-4] \(batch [0-3], "):
-        train(config, str(tmp_path / "run"), quiet=True)
-
-
-def test_other_data_under_the_same_config_is_refused(tmp_path, monkeypatch):
-    config, folder = small_config(train__steps=2, train__log_every_steps=1), tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(workdir, "finish", _interrupt)
-        train(config, str(folder), quiet=True)
-    training, test = digits.load()
-    monkeypatch.setattr(digits, "load", lambda: (ImageArrays(training.images[::-1].copy(), training.labels), test))
-    before = snapshot(folder)
-    with pytest.raises(UsageError, match=r"other data.*train_content was \d+ and is \d+.*another --workdir"):
-        train(config, str(folder), quiet=True)
-    assert snapshot(folder) == before
-
-
-def _interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def test_a_batch_that_devices_cannot_share_is_refused(tmp_path, monkeypatch):
-    class Mesh:
-        size = 5
-
-    monkeypatch.setattr("qtrain.sharding.make_mesh", lambda _: Mesh())
-    with pytest.raises(UsageError, match=r"data\.batch_size=32: does not divide evenly among 5 devices"):
-        train(small_config(), str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-# --- the AQT baseline
-
-
-def parity_config(task, backend, bits):
-    config = base_config(task)
-    config.model.features = (4, 8) if task == "digits_cnn" else (16, 16)
-    config.data.batch_size = 32
-    config.schedule.update(name="constant", bits=bits)
-    config.quant.update(weights="aqt/channel", acts="aqt/channel", grads="none", backend=backend)
-    config.optimizer.update(name="sgd", learning_rate=0.05, momentum=0.0, schedule="constant")
-    return finish(config)
-
-
-@pytest.mark.parametrize(("task", "bits"), [("digits_mlp", 3), ("digits_mlp", 8), ("digits_cnn", 4)])
-def test_aqt_backend_trains_as_qtrain_with_its_grid(task, bits):
-    pytest.importorskip("aqt.jax.v2")
-    ours, theirs = (Steps(parity_config(task, backend, bits)) for backend in ("qtrain", "aqt"))
-    # Biases of zero would leave pre-activations that are exactly 0 at few bits; whether rounding puts such a one above
-    # or below decides the gradient of the ReLU, and the two programs round a sum differently.
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: x + jnp.float32(rng.normal(0, 0.1, x.shape)) if x.ndim == 1 else x, ours.state.params
-    )
-    for steps in (ours, theirs):
-        steps.state = dataclasses.replace(steps.state, params=params)
-    with ours.batches() as batches:
-        for _ in range(4):
-            batch = next(batches)
-            mine, aqts = ours(batch), theirs(batch)
-            assert mine["loss"] == pytest.approx(aqts["loss"], rel=1e-6)
-            assert mine["grad_norm"] == pytest.approx(aqts["grad_norm"], rel=1e-5)
-    moved = jax.tree.map(lambda x, y: np.max(np.abs(x - y)), ours.state.params, params)
-    assert min(jax.tree.leaves(moved)) > 1e-5, "every parameter was trained"
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), ours.state.params, theirs.state.params
-    )
-
-
-def test_aqt_backend_runs_a_scheduled_config_at_its_static_counterpart(tmp_path):
-    pytest.importorskip("aqt.jax.v2")
-    config = small_config(quant__backend="aqt")
-    experiment = build(config)
-    assert experiment.fixed == Precision(weights=8, acts=8)
-    assert "static: weights 8, activations 8 bits" in experiment.describe_schedule()
-    summary = train(config, str(tmp_path / "run"), quiet=True)
-    assert summary["compilations"] == 1
-    assert summary["bits_final"] == {"weights": 8, "acts": 8, "grads": 32}
-    assert summary["effective_bitops"] == pytest.approx(summary["static_bitops"], rel=1e-6)
-    assert summary["test_loss"] == summary["test_loss_scheduled"] != summary["test_loss_float"]
-
-
-# --- execution, as the run was started
-
-
-def native_config(**overrides):
-    fields = {"model__features": (16,), "quant__execution": "auto", "quant__residuals": "folded"}
-    return small_config(train__log_every_steps=1, **fields, **overrides)
-
-
-def slow_weight_gradients(op, operands, lhs, rhs, backend):
-    return {"drhs": "measured"} if rhs.shape == (64, 16) else {}
-
-
-def slow_throughout(*_):
-    return dict.fromkeys(native.PRODUCTS, "measured anew")
-
-
-def test_execution_is_recorded_before_anything_runs(tmp_path, monkeypatch):
-    config, folder = native_config(), tmp_path / "run"
-    monkeypatch.setattr(native, "slower", slow_weight_gradients)
-    workdir.prepare(folder, config.to_dict(), {})
-    first = as_started(build(config), folder)  # also after a kill between the two
-    assert workdir.recorded(folder)["execution"] == {path: c.to_json() for path, c in first.plan.choices.items()}
-    monkeypatch.setattr(native, "slower", slow_throughout)
-    assert {row.execution for row in build(config).plan} == {"float"}
-    again = as_started(build(config), folder)
-    assert {path: c.paths for path, c in again.plan.choices.items()} == {
-        p: c.paths for p, c in first.plan.choices.items()
-    }
-    assert again.plan["Dense_0"].execution_reason == "recorded; dW float: measured"
-    assert again.qmodel.choices == again.plan.choices
-    workdir.record(folder, "execution", {"Dense_0": {"forward": "int4"}})
-    with pytest.raises(UsageError, match=r"execution\['Dense_0'\]\.forward='int4': give one of"):
-        as_started(build(config), folder)
-
-
-def test_a_resumed_run_computes_as_it_was_started(tmp_path, monkeypatch, capsys):
-    config = native_config(train__steps=4, checkpoint__every_steps=2, quant__ends=4)
-    monkeypatch.setattr(native, "slower", slow_weight_gradients)
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    summary = train(config, str(whole), quiet=True)
-    assert summary["compilations"] == 1
-    batches, taken = Run._next, iter([False, False, False])
-    with monkeypatch.context() as patch, pytest.raises(StopIteration):
-        patch.setattr(Run, "_next", lambda *args: next(taken) or batches(*args))
-        train(config, str(folder), quiet=True)
-    monkeypatch.setattr(native, "slower", slow_throughout)
-    resumed = train(config, str(folder))
-    assert "recorded; dW float: measured" in capsys.readouterr().out
-    assert {**resumed, "wall_seconds": 0} == {**summary, "wall_seconds": 0}
-    assert rows(folder) == rows(whole)
-    assert_equal(final_state(config, folder), final_state(config, whole))
-
-
-def test_a_run_in_float_records_no_execution(reference):
-    assert workdir.recorded(reference[1]) == {}
-
-
 # --- the library's own door
 
 
@@ -491,6 +156,10 @@ def test_a_run_is_a_function_of_its_config(reference, tmp_path):
     before = snapshot(folder)
     assert train(config, str(folder), quiet=True) == first, "a finished run is read, not repeated"
     assert snapshot(folder) == before
+
+
+def test_a_run_in_float_records_no_execution(reference):
+    assert workdir.recorded(reference[1]) == {}
 
 
 def test_seeds_change_what_they_say():
