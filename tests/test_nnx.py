@@ -3,129 +3,23 @@
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from nnx_models import BITS, GRID, MLP, NOISY, TWINS, Recurrent, distance, made, normal
 
-import qtrain
 from qtrain import inject
 from qtrain.errors import UsageError
 from qtrain.inject import Rule
-from qtrain.inject.nnx import Quant, QuantizedModule, QuantStat, quantize
+from qtrain.inject.nnx import Quant, QuantStat, quantize
 from qtrain.precision import Precision
-from qtrain.quantizers import LSQ, DoubleRounding, Uniform
+from qtrain.quantizers import LSQ, Uniform
 
-GRID = Uniform("symmetric", per="channel")
-NOISY = dataclasses.replace(GRID, rounding="stochastic")
 WIDTHS = (2.0, 3.0, 8.0)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-BITS = Precision(weights=4, acts=4)
-TOKENS = np.arange(8) % 5
-
-
-def normal(*shape):
-    """Standard normal numbers; by numpy, which compiles nothing."""
-    return jnp.asarray(np.random.default_rng(7).standard_normal(shape), jnp.float32)
-
-
-class LinenResidual(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        y = nn.Conv(4, (3, 3), strides=2, use_bias=False, name="conv1")(x)
-        y = nn.relu(nn.BatchNorm(use_running_average=False, name="norm1")(y))
-        y = nn.BatchNorm(use_running_average=False, name="norm2")(nn.Conv(4, (3, 3), name="conv2")(y))
-        return nn.relu(y + nn.Conv(4, (1, 1), strides=2, name="shortcut")(x))
-
-
-class Residual(nnx.Module):
-    def __init__(self, rngs):
-        self.conv1 = nnx.Conv(3, 4, (3, 3), strides=2, use_bias=False, rngs=rngs)
-        self.norm1 = nnx.BatchNorm(4, rngs=rngs)
-        self.conv2 = nnx.Conv(4, 4, (3, 3), rngs=rngs)
-        self.norm2 = nnx.BatchNorm(4, rngs=rngs)
-        self.shortcut = nnx.Conv(3, 4, (1, 1), strides=2, rngs=rngs)
-
-    def __call__(self, x):
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        return nnx.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
-class LinenAttention(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = x + nn.MultiHeadDotProductAttention(2, name="attend")(nn.LayerNorm(name="norm")(x))
-        return x + nn.Dense(6, name="down")(nn.gelu(nn.Dense(8, name="up")(x)))
-
-
-class Attention(nnx.Module):
-    def __init__(self, rngs):
-        self.norm = nnx.LayerNorm(6, rngs=rngs)
-        self.attend = nnx.MultiHeadAttention(2, 6, decode=False, rngs=rngs)
-        self.up, self.down = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 6, rngs=rngs)
-
-    def __call__(self, x):
-        x = x + self.attend(self.norm(x))
-        return x + self.down(nnx.gelu(self.up(x)))
-
-
-class LinenRecurrent(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(3, name="head")(nn.RNN(nn.LSTMCell(4, name="cell"), name="rnn")(x))
-
-
-class Recurrent(nnx.Module):
-    def __init__(self, rngs):
-        self.rnn = nnx.RNN(nnx.LSTMCell(5, 4, rngs=rngs))
-        self.head = nnx.Linear(4, 3, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(self.rnn(x))
-
-
-class LinenLayers(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        table = nn.Embed(5, 6, name="table")
-        x = nn.ConvTranspose(6, (3,), strides=2, name="up")(nn.Einsum((6, 4), "bti,io->bto", name="merge")(x))
-        return table.attend(nn.remat(nn.Einsum)((6, 6), "bti,io->bto", name="again")(x + table(TOKENS)))
-
-
-class Layers(nnx.Module):
-    """Those that call jax themselves, one inside ``nnx.remat``."""
-
-    def __init__(self, rngs):
-        self.merge = nnx.Einsum("bti,io->bto", (6, 4), (4,), rngs=rngs)
-        self.up = nnx.ConvTranspose(4, 6, (3,), strides=2, rngs=rngs)
-        self.again = nnx.Einsum("bti,io->bto", (6, 6), (6,), rngs=rngs)
-        self.table = nnx.Embed(5, 6, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.up(self.merge(x)) + self.table(TOKENS)
-        return self.table.attend(nnx.remat(lambda layer, x: layer(x))(self.again, x))
-
-
-class MLP(nnx.Module):
-    def __init__(self, rngs, first=nnx.Linear, **kwargs):
-        self.up, self.down = first(6, 8, rngs=rngs, **kwargs), nnx.Linear(8, 6, rngs=rngs)
-
-    def __call__(self, x):
-        return self.down(nnx.relu(self.up(x)))
-
-    def fails(self, x):
-        return self.down(self.up(x)) / jnp.zeros((7, 7))
-
-
-TWINS = {
-    "residual block": (LinenResidual(), Residual, normal(2, 6, 6, 3)),
-    "attention block": (LinenAttention(), Attention, normal(2, 3, 6)),
-    "lstm": (LinenRecurrent(), Recurrent, normal(2, 3, 5)),
-    "layers": (LinenLayers(), Layers, normal(2, 4, 6)),
-}
 
 
 def linen_path(path):
@@ -145,22 +39,6 @@ def flat_tree(tree):
     return {"/".join(key.key for key in path[1:]): np.asarray(leaf) for path, leaf in leaves}
 
 
-def made(cls, *args, **kwargs):
-    """A model with normal numbers for parameters; no initialisation to compile."""
-    model = nnx.eval_shape(lambda: cls(nnx.Rngs(0), *args, **kwargs))
-    rng = np.random.default_rng(1)
-
-    def number(variable):
-        leaf = variable.get_value()
-        if isinstance(variable, nnx.Param):
-            return variable.replace(jnp.asarray(0.4 * rng.standard_normal(leaf.shape), leaf.dtype))
-        is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return variable.replace(jax.random.key(0) if is_key else jnp.asarray(np.ones(leaf.shape), leaf.dtype))
-
-    graphdef, state = nnx.split(model)
-    return nnx.merge(graphdef, jax.tree.map(number, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
-
-
 def twin_variables(linen, model, x):
     """The linen twin's variables with the numbers of `model`."""
     shapes = jax.eval_shape(linen.init, jax.random.key(0), x)
@@ -168,10 +46,6 @@ def twin_variables(linen, model, x):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.asarray(known["/".join(key.key for key in path[1:])]), shapes
     )
-
-
-def distance(a, b):
-    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -339,134 +213,3 @@ def test_running_ranges_move_in_training_and_rest_in_evaluation():
     recurrent = quantize(made(Recurrent), Rule(act_quantizer=quantizer))
     with pytest.raises(UsageError, match="cannot be updated from inside a transformation"):
         recurrent.init(normal(2, 3, 5))
-
-
-class Stacked(nnx.Module):
-    """Blocks under ``nnx.scan``."""
-
-    def __init__(self, rngs):
-        self.blocks = nnx.split_rngs(splits=2)(nnx.vmap(MLP, in_axes=(0,)))(rngs)
-
-    def __call__(self, x):
-        return nnx.scan(lambda x, block: x + block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
-
-
-class Transformed(MLP):
-    """Layers inside ``nnx.remat`` and ``nnx.jit``."""
-
-    def __call__(self, x):
-        x = nnx.jit(lambda layer, x: layer(x))(self.up, x)
-        return nnx.remat(lambda layer, x: layer(x))(self.down, nnx.relu(x))
-
-
-class Tied(nnx.Module):
-    """A layer at two paths, a list, layers without a field for their product, and what the injection does not reach."""
-
-    def __init__(self, rngs):
-        self.first = nnx.Linear(6, 6, rngs=rngs)
-        self.blocks = nnx.List([MLP(rngs), nnx.Sequential(nnx.LoRALinear(6, 6, lora_rank=2, rngs=rngs), nnx.relu)])
-        self.second = self.first
-        self.own = nnx.Linear(6, 6, dot_general=lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs), rngs=rngs)
-        self.einsum = nnx.Einsum("ni,io->no", (6, 6), rngs=rngs)
-        self.embed = nnx.Embed(6, 6, rngs=rngs)
-
-    def __call__(self, x):
-        x = self.second(self.first(x))
-        for block in self.blocks:
-            x = block(x)
-        return self.embed.attend(self.einsum(self.own(x)))
-
-
-@pytest.mark.parametrize("form", ["scan", "jit and remat"])
-def test_layers_inside_transformations_of_the_model(form):
-    x, rule = normal(2, 6), Rule(act_quantizer=Uniform("symmetric", per="tensor"))
-    call = nnx.jit(lambda m, x, bits: m(x, bits=bits))
-    model = made(Stacked) if form == "scan" else made(Transformed)
-    qmodel, plain, expected = quantize(model, rule), quantize(made(MLP), rule), x
-    out = call(qmodel, x, BITS)
-    for index in range(2) if form == "scan" else ():
-        nnx.update(plain.module, jax.tree.map(lambda leaf, i=index: leaf[i], nnx.state(model.blocks)))
-        expected = expected + call(plain, expected, BITS)
-    expected = expected if form == "scan" else call(plain, x, BITS)
-    assert distance(out, expected) <= 1e-6
-    plan = qmodel.plan(x)
-    assert plan.coverage == 1 and plan.macs == 2 * 96 * (2 if form == "scan" else 1)
-
-
-def test_shared_listed_subclassed_and_unreachable_layers_are_all_in_the_plan():
-    qmodel = quantize(made(Tied), Rule())
-    plan = qmodel.plan(normal(2, 6))
-    quantized = [row.path for row in plan if row.quantized]
-    assert quantized == ["first", "blocks/0/up", "blocks/0/down", "blocks/1/layers/0", "einsum", "embed/attend"]
-    assert plan["first"].macs == 2 * 72 and plan["second"].note == "the module of 'first', whose rules it follows"
-    for path, note in {
-        "own": "sets a dot_general of its own",
-        "blocks/1/layers/0/lora": "LoRA is not reached by the injection",
-    }.items():
-        assert plan[path].note == note and plan[path].macs == (48 if "lora" in path else 72)
-    assert plan.macs == 2 * 72 + 2 * 96 + 72 + 48 + 3 * 72
-
-
-class Closed(nnx.Module):
-    """A layer behind a function that closes over it, compiled or not."""
-
-    def __init__(self, rngs, compiled):
-        self.first, self.layer = nnx.Linear(6, 6, rngs=rngs), nnx.Linear(6, 6, rngs=rngs)
-        self.function = (jax.jit if compiled else lambda function: function)(lambda x: self.layer(x))
-
-    def __call__(self, x):
-        return self.function(self.first(x))
-
-
-def test_a_layer_that_is_called_through_a_closure_is_quantized_or_refused():
-    qmodel = quantize(Closed(nnx.Rngs(0), compiled=False), Rule())
-    jaxpr = jax.make_jaxpr(lambda x: qmodel(x, bits=BITS))(normal(2, 6))
-    assert str(jaxpr).count("dot_general") == 2 and len(qmodel.quantizers(normal(2, 6))) == 4
-    qmodel = quantize(Closed(nnx.Rngs(0), compiled=True), Rule())
-    with pytest.raises(UsageError, match=r"layers \['layer'\] are planned but were not reached in this trace"):
-        jax.eval_shape(lambda x: qmodel(x, bits=BITS), normal(2, 6))
-
-
-MISTAKES = {
-    "matches nothing": (Rule("uq"), {}, "rule path='uq' matches no module.*Did you mean 'up'"),
-    "not a rule": ("up", {}, "quantize: rules hold 'u'"),
-    "wrong op": (Rule(ops=("conv",)), {}, "matches only what cannot be quantized"),
-    "no width": (Rule(), {"bits": Precision(weights=0, acts=4)}, "give"),
-    "no precision": (Rule(), {"bits": 4}, "bits=4: give a qtrain.Precision"),
-    "path": (Rule(), {"bits": {"upp": BITS}}, r"bits\['upp'\]: no layer.*Did you mean 'up'"),
-    "no key": (Rule(weight_quantizer=NOISY), {"bits": BITS}, "rounds stochastically and has no key"),
-    "method": (Rule(), {"bits": BITS, "method": "fail"}, "method='fail': MLP has no such method. Did you mean 'fails'"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(name):
-    rules, kwargs, message = MISTAKES[name]
-    with pytest.raises(UsageError, match=message) as error:
-        quantize(made(MLP), rules)(normal(2, 6), **{"bits": BITS, **kwargs})
-    assert "\n" not in str(error.value)
-
-
-def test_what_is_no_module_or_has_no_layer_is_refused():
-    with pytest.raises(UsageError, match=r"int is not a flax\.nnx\.Module instance"):
-        quantize(3)
-    with pytest.raises(UsageError, match="LayerNorm has no layer that can be quantized"):
-        quantize(nnx.LayerNorm(6, rngs=nnx.Rngs(0)), Rule()).plan(normal(2, 6))
-    with pytest.raises(UsageError, match=r"reaches none of its layers \('down', 'up'\)"):
-        quantize(made(MLP), Rule())(normal(2, 6), bits=BITS, method=lambda module, x: x)
-    with pytest.raises(UsageError, match="a quantized convolution takes no out_sharding"):
-        conv = quantize(nnx.Conv(3, 3, (3,), rngs=nnx.Rngs(0)), Rule())
-        conv.plan(normal(2, 5, 3), out_sharding=jax.P(None))
-
-
-def test_one_quantize_for_both_kinds_of_module():
-    qmodel = qtrain.quantize(made(MLP), Rule(), widest=8)
-    assert isinstance(qmodel, QuantizedModule) and qmodel.settings.widest == Precision(8, 8, 8)
-    with pytest.raises(UsageError, match=r"per_width=\(8, 4\) is for linen models"):
-        qtrain.quantize(made(MLP), Rule(), per_width=(8, 4))
-
-
-def test_widths_below_eight_are_all_that_some_quantizers_know():
-    rule = Rule(weight_quantizer=DoubleRounding(high=4), act_quantizer=None)
-    qmodel = quantize(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rule)
-    assert qmodel.plan(jnp.ones((1, 3))).macs == 6
