@@ -3,14 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from cost_shapes import passes, shape
 
 import qtrain
 from qtrain import Precision, cost, models
 from qtrain.cost import Op, OpBits, Ops
-
-
-def shape(*dims, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(dims, dtype)
 
 
 def counted(model, x, train=True):
@@ -20,10 +17,6 @@ def counted(model, x, train=True):
         return model.apply(variables, x, train=train, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
 
     return cost.count(forward, variables, x), variables
-
-
-def passes(ops):
-    return ops.forward, ops.input_gradient, ops.weight_gradient
 
 
 def kernel_weights(variables):
