@@ -142,6 +142,10 @@ def test_failed_points_of_a_sweep_are_named(tmp_path, undrawn):
         f"{folder / '001_b'}: this point failed (Diverged): loss is nan at step 3",
         f"{folder}: 1 of 3 points have not begun, the first 002_c",
     )
+    for damaged in ('{"001_b": {}}', '{"001_b": null}', '{"001_b"', "[]"):
+        (folder / "errors.json").write_text(damaged)
+        said = f"{folder}: sweep.json or errors.json is damaged: points that failed are not known"
+        assert reported(tmp_path).notes == (said,)
 
 
 def test_frontiers_and_sensitivity(report):

@@ -105,11 +105,11 @@ def _missing(folder: Path) -> Iterator[str]:
     try:
         points = [point["name"] for point in _json(folder / SWEEP)["points"]]
         errors = _json(folder / ERRORS) if (folder / ERRORS).exists() else {}
-    except (UsageError, KeyError, TypeError):
-        yield f"{folder / SWEEP}: damaged: points that failed are not known"
+        failed = [f"{folder / name}: this point failed ({e['kind']}): {e['error']}" for name, e in errors.items()]
+    except (UsageError, KeyError, TypeError, AttributeError):
+        yield f"{folder}: {SWEEP} or {ERRORS} is damaged: points that failed are not known"
         return
-    for name, entry in errors.items():
-        yield f"{folder / name}: this point failed ({entry['kind']}): {entry['error']}"
+    yield from failed
     absent = [name for name in points if name not in errors and not (folder / name / CONFIG).exists()]
     if absent:
         yield f"{folder}: {len(absent)} of {len(points)} points have not begun, the first {absent[0]}"
