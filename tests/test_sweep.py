@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 
 import jax
 import numpy as np
@@ -162,6 +163,22 @@ def test_a_slurm_array(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("code", [0, 1, main.PREEMPTED])
+def test_a_stopped_task_of_a_slurm_array_is_queued_again(code, tmp_path):
+    """The script, run with stand-ins of Slurm's commands that write down how they are called."""
+    source = write(tmp_path, POINTS)
+    (tmp_path / "task.sh").write_text(emit.slurm(points_of(source), "runs/suite", [f"--config={source}"]))
+    for name, ends in (("srun", code), ("scontrol", 0)):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> calls\nexit {ends}\n')
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "2"}
+    ended = subprocess.run(["bash", "task.sh"], cwd=tmp_path, env=os.environ | variables, check=False)
+    assert ended.returncode == code
+    first, *others = (tmp_path / "calls").read_text().splitlines()
+    assert first == f"srun qtrain sweep --config={source} --workdir runs/suite --quiet --points 2"
+    assert others == ["scontrol requeue 12_2"] * (code == main.PREEMPTED)
+
+
 # --- trained
 
 
@@ -192,7 +209,10 @@ def assert_same(separate, folder, tolerance=0.0):
                     np.testing.assert_allclose(row[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize(("share", "tolerance"), [("interleave", 0.0), ("vmap", 2e-2)])
+SHARES = pytest.mark.parametrize(("share", "tolerance"), [("interleave", 0.0), ("vmap", 2e-2)])
+
+
+@SHARES
 def test_points_in_one_program_equal_runs_of_their_own(share, tolerance, separate, tmp_path, capsys):
     source, _, points = separate
     arguments = ["sweep", "--config", source, "--workdir", str(tmp_path), "--vectorized", "--share", share]
@@ -214,6 +234,18 @@ def test_points_in_one_program_equal_runs_of_their_own(share, tolerance, separat
     assert "holds another sweep" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(jax.device_count() != 1, reason="compares with one device")
+def test_points_over_several_devices(separate, tmp_path):
+    """Under vmap they are split over as many of the devices as divide them: here four of eight, a point each."""
+    source = write(tmp_path, [*POINTS, {"seed": 3}], **LEARNED)
+    arguments = ["sweep", "--config", source, "--workdir", tmp_path / "eight", "--vectorized", "--share", "vmap"]
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    code, out, error = finished(start(arguments, environment=environment), timeout=300)
+    assert code == 0, error
+    assert "4 points share one train step by vmap on 4 devices" in out and "4 points, 1 compiled train step\n" in out
+    assert_same(separate, tmp_path / "eight", tolerance=2e-2)
+
+
 def stopped_at(number, monkeypatch):
     """SIGTERM when that batch is taken, for once."""
     real, taken = Run._next, [0]
@@ -227,24 +259,26 @@ def stopped_at(number, monkeypatch):
     monkeypatch.setattr(Run, "_next", take)
 
 
-def test_a_stopped_sweep_continues(separate, tmp_path, monkeypatch, capsys):
+@SHARES
+def test_a_stopped_sweep_continues(share, tolerance, separate, tmp_path, monkeypatch, capsys):
     source, _, points = separate
     stopped_at(3, monkeypatch)
     assert run(source, tmp_path, "--points", "1") == main.PREEMPTED  # this one is ahead of the others
     stopped_at(6, monkeypatch)
-    how = "--vectorized", "--share", "interleave"
+    how = "--vectorized", "--share", share
     assert run(source, tmp_path, *how) == main.PREEMPTED
     assert "stopped by SIGTERM at step 6 of 8" in capsys.readouterr().err
     assert not any((tmp_path / point.name / workdir.DONE).exists() for point in points)
     assert run(source, tmp_path, *how) == 0
-    assert_same(separate, tmp_path)
+    assert_same(separate, tmp_path, tolerance)
 
 
-def test_a_point_that_fails_does_not_stop_the_others(tmp_path, capsys):
+@SHARES
+def test_a_point_that_fails_does_not_stop_the_others(share, tolerance, tmp_path, capsys):
     points = [{"seed": 0}, {"optimizer.learning_rate": 1e38}, {"schedule.low": 99}]
     source = write(tmp_path, points, **LAYERS)
     folder = tmp_path / "sweep"
-    assert run(source, folder, "--vectorized", "--share", "interleave") == 1
+    assert run(source, folder, "--vectorized", "--share", share) == 1
     error = capsys.readouterr().err
     assert "001_learning_rate-1e+38 failed: " in error and "002_low-99 failed: schedule" in error
     errors = json.loads((folder / ERRORS).read_text())
@@ -254,6 +288,9 @@ def test_a_point_that_fails_does_not_stop_the_others(tmp_path, capsys):
     }
     assert errors["001_learning_rate-1e+38"]["overrides"] == {"optimizer.learning_rate": 1e38}
     assert (folder / "000_seed-0" / workdir.DONE).exists()
+    alone = points_of(source)[0]
+    train(alone.config, str(tmp_path / "alone" / alone.name), quiet=True)
+    assert_same((source, tmp_path / "alone", [alone]), folder, tolerance)
     assert run(source, folder, "--points", "0,2") == 1
     assert json.loads((folder / ERRORS).read_text()).keys() == errors.keys()
 
