@@ -31,11 +31,11 @@ def points_of(argument):
     ("argument", "count", "lengths"),
     [
         ("mnist_mlp-removal", 84, [400, 500, 600, 800]),
-        ("digits_gcn-window", 114, [200]),
+        ("digits_gcn-window", 186, [200]),
         ("digits_cnn-patterns", 18, [400]),
         ("mnist_mlp-fisher", 24, [400, 400]),  # exact and sampled
         ("digits_cnn-calibration", 27, [400]),
-        ("sequential_digits_s5-window-smoke", 38, [40]),
+        ("sequential_digits_s5-window-smoke", 62, [40]),
         ("digits_cnn-patterns-smoke", 6, [40]),
     ],
 )
@@ -84,15 +84,21 @@ def test_results(tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.stdout.splitlines() if "|" in line]
     assert rows[0] == ["deficit, rate \\ onset, step", "0", "30", "60", "90", "120", "150"]
     none, one, two, three = (f"{value:.2f} [{value:.2f}, {value:.2f}]" for value in (0, 1, 2, 3))
-    assert rows[2:4] == [["weights, decayed", *[one] * 6], ["acts, decayed", none, none, two, none, none, none]]
-    assert rows[4:7] == [[f"both, {rate}", one, one, three, one, one, one] for rate in ("decayed", "constant", "held")]
-    assert rows[7] == rows[0] and {cell for row in rows[9:14] for cell in row[1:]} == {none}  # all losses are the same
-    early = {row[1]: row[2:] for row in rows[16:]}  # the first three onsets less the next two
+    rates = ("decayed", "constant", "held")
+    lost = {row[0]: row[1:] for row in rows[2:11]}
+    assert lost == {
+        **{f"weights, {rate}": [one] * 6 for rate in rates},
+        **{f"acts, {rate}": [none, none, two, none, none, none] for rate in rates},
+        **{f"both, {rate}": [one, one, three, one, one, one] for rate in rates},
+    }
+    assert rows[11] == rows[0] and {cell for row in rows[13:22] for cell in row[1:]} == {
+        none
+    }  # losses are the same
+    early = {row[1]: row[2:] for row in rows[24:]}  # the first three onsets less the next two
     third = f"{2 / 3:.2f} [{2 / 3:.2f}, {2 / 3:.2f}]"
     assert early == {
-        "weights, decayed": [none, none],
-        "acts, decayed": [third, none],
-        **{f"both, {rate}": [third, none] for rate in ("decayed", "constant", "held")},
+        **{f"weights, {rate}": [none, "0.00", none, "0.00"] for rate in rates},
+        **{f"{kind}, {rate}": [third, "0.00", none, "0.00"] for kind in ("acts", "both") for rate in rates},
     }
     assert (tmp_path / "window.png").stat().st_size > 10_000
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]

@@ -3,7 +3,7 @@
     python experiments/critical_periods/analyse.py runs/critical  # its folders FAMILY-PART: results.jsonl, PNGs, tables
     python experiments/critical_periods/analyse.py --table        # the tables, from results.jsonl
 
-Lines of families and parts that the folder does not have stay as they are.
+Lines of runs that the folder does not have stay as they are.
 A line for each finished run: family, part, what it is called, seed, overrides, numbers, command, versions, hardware and
 date. Sensitivity is, seed by seed, the accuracy of the run without the deficit, of the same length and learning rates,
 less that of the run with it, in points; intervals are 95 % bootstrap intervals over seeds.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 from sweep import FAMILIES, ONSETS, PARTS, labelled
 
 from qtrain.statistics import Interval, bootstrap_interval
@@ -37,6 +38,12 @@ Lines = list[dict[str, Any]]
 def collected(folder: Path) -> Lines:
     """The lines of all finished runs below `folder`."""
     return [line for name in FAMILIES for part in PARTS for line in _of_sweep(folder / f"{name}-{part}", name, part)]
+
+
+def _run(line: dict[str, Any]) -> tuple[str, ...]:
+    """What tells a run from others; 0 steps are 0.0."""
+    overrides = json.loads(json.dumps(line["overrides"]), parse_int=float)
+    return line["family"], line["part"], json.dumps(overrides, sort_keys=True)
 
 
 def _of_sweep(folder: Path, family: str, part: str) -> Iterator[dict[str, Any]]:
@@ -126,8 +133,8 @@ def curve(lines: Lines, family: str, part: str, kind: str, rate: str, loss: bool
     return [(position, bootstrap_interval(list(values.values()))) for position, values in positions.items()]
 
 
-def early_less_late(lines: Lines, family: str, kind: str, rate: str, loss: bool = False) -> Interval | None:
-    """Sensitivity at the first three onsets less that at the next two, means, seed by seed.
+def early_less_late(lines: Lines, family: str, kind: str, rate: str, loss: bool = False) -> list[float] | None:
+    """Sensitivity at the first three onsets less that at the next two, means, for each seed.
 
     The last window is left out: it ends with the run, and nothing recovers it. Above 0: an early period.
     """
@@ -136,7 +143,14 @@ def early_less_late(lines: Lines, family: str, kind: str, rate: str, loss: bool 
         return None
     seeds = sorted(set.intersection(*map(set, onsets)))
     values = np.array([[one[seed] for one in onsets[:-1]] for seed in seeds])
-    return bootstrap_interval(list(values[:, :3].mean(axis=1) - values[:, 3:].mean(axis=1)))
+    return list(values[:, :3].mean(axis=1) - values[:, 3:].mean(axis=1))
+
+
+def half_width(values: list[float]) -> str:
+    """Of the 95 % interval of Student's t around the mean: wide where there are three seeds, and right if normal."""
+    if len(values) < 2:
+        return "—"
+    return f"{stats.t.ppf(0.975, len(values) - 1) * stats.sem(values):.2f}"
 
 
 def shown(value: Interval | None) -> str:
@@ -204,10 +218,11 @@ def _early(lines: Lines) -> str:
     for family in families(lines, "window"):
         here = [line for line in lines if (line["family"], line["part"]) == (family, "window")]
         for kind, rate in dict.fromkeys((line["kind"], line["rate"]) for line in here if line["kind"] != "none"):
-            both = (early_less_late(lines, family, kind, rate, loss) for loss in (False, True))
-            rows.append([family, f"{kind}, {rate}", *map(shown, both)])
+            both = [early_less_late(lines, family, kind, rate, loss) for loss in (False, True)]
+            cells = [cell for one in both for cell in (shown(one and bootstrap_interval(one)), half_width(one or []))]
+            rows.append([family, f"{kind}, {rate}", *cells])
     title = "window: sensitivity at the first three onsets less that at the next two (the last left out), by seed"
-    return markdown(title, ["family", "deficit, rate", "accuracy, points", "test loss, hundredths"], rows)
+    return markdown(title, ["family", "deficit, rate", "accuracy, points", "t ±", "test loss, hundredths", "t ±"], rows)
 
 
 def _first(part: str) -> dict[str, Any]:
@@ -288,9 +303,9 @@ def main() -> None:
             raise SystemExit(f"{arguments.folder}: no finished run in a folder FAMILY-PART, such as mnist_mlp-window")
         from figures import draw
 
-        measured = {(line["family"], line["part"]) for line in lines}
+        measured = set(map(_run, lines))
         before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        lines += [line for line in before if (line["family"], line["part"]) not in measured]
+        lines = [line for line in before if _run(line) not in measured] + lines
         order = [(name, part) for name in FAMILIES for part in PARTS]
         lines.sort(key=lambda line: order.index((line["family"], line["part"])))
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -21,10 +21,10 @@ KINDS = {
     "blur": ("#8e44ad", "^", "blur (data)"),
 }
 RATES = {
-    "held": ("#222222", "D", "held"),
-    "decayed": ("#c0392b", "v", "decays throughout"),
-    "restarted": ("#3d8b37", "P", "restarted after it"),
-    "constant": ("#7a7a7a", "X", "constant"),
+    "decayed": ("#c0392b", "v", "rate decays throughout"),
+    "held": ("#222222", "D", "rate held"),
+    "restarted": ("#3d8b37", "P", "rate restarted after it"),
+    "constant": ("#7a7a7a", "X", "rate constant"),
 }
 COLOURS = ("#222222", "#c0392b", "#1f5fa8", "#3d8b37", "#c76b12", "#8e44ad")
 WIDTH, HEIGHT = 3.9, 2.9  # inches, of a panel
@@ -59,31 +59,41 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _sensitivities(lines: Lines, part: str, names: list[str], xlabel: str, main: str) -> Figure:
-    figure, axes = _panels(2, len(names))
+    kinds = [(kind, main, style) for kind, style in KINDS.items()]
+    rates = [("both", rate, style) for rate, style in RATES.items()]
+    rows = [("what is quantized", kinds, False), ("both quantized; learning rate", rates, False)]
+    rows += [
+        (f"test loss, {title}", [(kind, rate, style) for kind, style in KINDS.items()], True)
+        for rate, (*_, title) in RATES.items()
+        if any(curve(lines, name, part, "weights", rate) for name in names)
+    ]
+    figure, axes = _panels(len(rows), len(names))
     for column, name in enumerate(names):
-        for row, series in enumerate(
-            (
-                [(kind, main, style) for kind, style in KINDS.items()],
-                [("both", rate, style) for rate, style in RATES.items()],
-            )
-        ):
-            panel = axes[row, column]
-            drawn = [
-                (style, points) for kind, rate, style in series if (points := curve(lines, name, part, kind, rate))
-            ]
+        for panel, (title, series, loss) in zip(axes[:, column], rows, strict=True):
+            curves = [(style, curve(lines, name, part, kind, rate, loss)) for kind, rate, style in series]
+            drawn = [(style, points) for style, points in curves if points]
             for index, (style, points) in enumerate(drawn):
                 _whiskers(panel, points, style, (index - (len(drawn) - 1) / 2) * 0.012 * FAMILIES[name].steps)
             panel.axhline(0, color="#999999", linewidth=0.8)
             panel.set_xlabel(xlabel)
-            title = "what is quantized" if row == 0 else "both quantized; learning rate"
             panel.set_title(f"{name}: {title}", fontsize=9)
+            if loss and part == "window":
+                _without_last(panel, [points for _, points in drawn])
             if column == 0:
-                panel.set_ylabel("accuracy lost to the deficit, points")
-    for row in range(2):
-        _beside(axes[row, -1], axes[row, 0])
+                panel.set_ylabel("test loss gained, hundredths" if loss else "accuracy lost to the deficit, points")
+    for row in axes:
+        _beside(row[-1], row[0])
     length = f"; a window is {LENGTH:.0%} of the run" if part == "window" else ""
     figure.suptitle(f"Mean and 95 % bootstrap interval over seeds{length}", fontsize=10)
     return figure
+
+
+def _without_last(panel: Axes, curves: list[Any]) -> None:
+    """The scale of all windows but the last, which ends with the run and would flatten the others."""
+    ends = [end for points in curves for _, value in points[:-1] for end in value[:3] if np.isfinite(end)]
+    if ends:
+        margin = 0.08 * (max(ends) - min(ends))
+        panel.set_ylim(min(*ends, 0) - margin, max(*ends, 0) + margin)
 
 
 def _log(*axes: Axis) -> None:

@@ -128,23 +128,33 @@ def _removal(family: Family, steps: int):
 
 
 def _window(family: Family, steps: int):
-    """A deficit of fixed length at an onset, in a run of fixed length; under a decaying rate, and a constant one."""
-    length = round(LENGTH * steps)
+    """A deficit of fixed length at an onset, in a run of fixed length, under each `_rate`.
+
+    What has one rate whatever the onset has one run without a deficit. The order is that in which the arms were added:
+    a sweep that is there may grow at its end.
+    """
+    length, onsets = round(LENGTH * steps), [round(share * steps) for share in ONSETS]
+    single = [kind for kind in _kinds(family) if kind != "both"]
+
+    def at(rate: str, onset: int, kind: str):
+        return {"kind": kind, "rate": rate, "onset": onset}, {
+            **_rate(rate, onset, length),
+            **_deficit(kind, onset, length),
+        }
+
     for rate, kinds in (("decayed", _kinds(family)), ("constant", ["both"])):
-        keys = {"optimizer.schedule": "constant"} if rate == "constant" else {}
-        yield {"kind": "none", "rate": rate, "onset": None}, keys
-        for kind in kinds:
-            for share in ONSETS:
-                onset = round(share * steps)
-                yield {"kind": kind, "rate": rate, "onset": onset}, {**keys, **_deficit(kind, onset, length)}
-    # The rate stands still in the window, and decays as far as ever outside it.
-    for share in ONSETS:
-        onset = round(share * steps)
-        keys = {"optimizer.hold_start_steps": onset, "optimizer.hold_steps": length}
-        if not onset:
-            del keys["optimizer.hold_start_steps"]
-        for kind in ("none", "both"):
-            yield {"kind": kind, "rate": "held", "onset": onset}, {**keys, **_deficit(kind, onset, length)}
+        yield {"kind": "none", "rate": rate, "onset": None}, _rate(rate, 0, length)
+        yield from (at(rate, onset, kind) for kind in kinds for onset in onsets)
+    yield from (at("held", onset, kind) for onset in onsets for kind in ("none", "both"))
+    yield from (at(rate, onset, kind) for rate in ("constant", "held") for kind in single for onset in onsets)
+
+
+def _rate(rate: str, onset: int, length: int) -> dict[str, Any]:
+    """It decays throughout; is constant; or stands still in the window, and decays as far as ever outside it."""
+    if rate == "constant":
+        return {"optimizer.schedule": "constant"}
+    held = {"optimizer.hold_steps": length, **({"optimizer.hold_start_steps": onset} if onset else {})}
+    return held if rate == "held" else {}
 
 
 def _patterns(family: Family, steps: int):
