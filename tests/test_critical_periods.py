@@ -91,9 +91,7 @@ def test_results(tmp_path):
         **{f"acts, {rate}": [none, none, two, none, none, none] for rate in rates},
         **{f"both, {rate}": [one, one, three, one, one, one] for rate in rates},
     }
-    assert rows[11] == rows[0] and {cell for row in rows[13:22] for cell in row[1:]} == {
-        none
-    }  # losses are the same
+    assert rows[11] == rows[0] and {cell for row in rows[13:22] for cell in row[1:]} == {none}  # losses are the same
     early = {row[1]: row[2:] for row in rows[24:]}  # the first three onsets less the next two
     third = f"{2 / 3:.2f} [{2 / 3:.2f}, {2 / 3:.2f}]"
     assert early == {

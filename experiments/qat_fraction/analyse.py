@@ -3,7 +3,7 @@
 python experiments/qat_fraction/analyse.py runs/qat_fraction     # reads the runs, writes results.jsonl and the PNGs
 python experiments/qat_fraction/analyse.py --table               # the tables, from results.jsonl
 
-Lines of sweeps that the folder does not have stay as they are.
+Lines of runs that the folder does not have stay as they are.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.runs:
         lines = list(read(Path(arguments.runs)))
-        measured = {(line["family"], line["arm"] in ("fixed", "float")) for line in lines}
+        measured = set(map(_run, lines))
         before = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-        lines += [line for line in before if (line["family"], line["arm"] in ("fixed", "float")) not in measured]
-        lines.sort(key=lambda line: (line["family"], line["arm"] in ("fixed", "float")))
+        lines += [line for line in before if _run(line) not in measured]
+        lines.sort(key=_run)
         RESULTS.write_text("".join(json.dumps(line) + "\n" for line in lines))
         draw(lines)
     elif arguments.table:
@@ -59,6 +59,11 @@ def main() -> None:
     else:
         parser.error("give the folder of the runs, or --table")
     print(tables(lines))
+
+
+def _run(line: dict[str, Any]) -> tuple[str, bool, str]:
+    """What tells a run from others: family, whether it is a control, and its name."""
+    return line["family"], line["arm"] in ("fixed", "float"), line["run"]
 
 
 def read(root: Path) -> Iterable[dict[str, Any]]:

@@ -30,5 +30,5 @@ def get_config(argument: str = ""):
 def sweep(argument: str = ""):
     """The points; of the argument "controls" those of `grid.controls`."""
     if argument == "controls":
-        return shared["controls"]((2, 4), STEPS[0], seeds=3)
-    return shared["lengths"]((2, 4), STEPS, seeds=3)
+        return shared["controls"]((2, 4), STEPS[0], seeds=range(3))
+    return shared["lengths"]((2, 4), STEPS, seeds=range(3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from qtrain import sweep
@@ -39,29 +39,31 @@ def switched(fraction: float, bits: int, arm: str, steps: int) -> dict[str, Any]
     return {"schedule.weights.bits": bits, "schedule.weights.start_steps": float(start), **rate}
 
 
-def points(bits: Sequence[int], steps: int, seeds: int, arms: Sequence[str] = ARMS) -> Iterator[dict[str, Any]]:
+def points(
+    bits: Sequence[int], steps: int, seeds: Iterable[int], arms: Sequence[str] = ARMS
+) -> Iterator[dict[str, Any]]:
     """Every fraction with every width and seed, each arm where it differs."""
-    for seed in range(seeds):
+    for seed in seeds:
         for width in bits:
             for fraction in FRACTIONS:
                 for arm in arms if 0 < fraction < 1 else arms[:1]:
                     yield {**switched(fraction, width, arm, steps), "seed": seed, "train.steps": steps}
 
 
-def lengths(bits: Sequence[int], steps: Sequence[int], seeds: int) -> Iterator[dict[str, Any]]:
+def lengths(bits: Sequence[int], steps: Sequence[int], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Both arms at the first length; at the others the fused one alone, for the dependence on tokens."""
     first, *others = steps
     more = (points(bits, other, seeds, arms=("fused",)) for other in others)
     return sweep.chain(points(bits, first, seeds), *more)
 
 
-def controls(bits: Sequence[int], steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+def controls(bits: Sequence[int], steps: int, seeds: Iterable[int]) -> Iterator[dict[str, Any]]:
     """What the decay of the fused arm, as long as its quantized part, does by itself.
 
     fixed: the same quantized parts under one decay, of `COOLDOWN` percent. float: the decays of the fused arm, never
     quantized. A part of COOLDOWN percent is in the fused arm already.
     """
-    for seed in range(seeds):
+    for seed in seeds:
         for fraction in FRACTIONS[1:]:
             own = {"seed": seed, "train.steps": steps}
             yield {**switched(fraction, FLOAT, "fused", steps), **own}
