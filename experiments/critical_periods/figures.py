@@ -83,8 +83,10 @@ def _sensitivities(lines: Lines, part: str, names: list[str], xlabel: str, main:
                 panel.set_ylabel("test loss gained, hundredths" if loss else "accuracy lost to the deficit, points")
     for row in axes:
         _beside(row[-1], row[0])
-    length = f"; a window is {LENGTH:.0%} of the run" if part == "window" else ""
-    figure.suptitle(f"Mean and 95 % bootstrap interval over seeds{length}", fontsize=10)
+    title = "Mean and 95 % bootstrap interval over seeds"
+    if part == "window":
+        title += f"; a window is {LENGTH:.0%} of the run; losses on the scale of all windows but the last"
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
