@@ -5,6 +5,7 @@ python -m experiments.pareto.analyse    # tables as Markdown; writes pareto.png,
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,12 @@ HERE = Path(__file__).parent
 KINDS = {  # how a point is marked
     "static, W = A": ("0.25", "s"),
     "static, W ≠ A": (COLOURS[5], "."),
-    "static, half width": ("0.55", "v"),
+    "static, other width": ("0.55", "v"),
     "both scheduled": (COLOURS[1], "o"),
     "weights scheduled": (COLOURS[2], "^"),
     "activations scheduled": (COLOURS[3], "D"),
     "linear, in opposition": (COLOURS[4], "P"),
-    "scheduled, half width": (COLOURS[6], "X"),
+    "scheduled, other width": (COLOURS[6], "X"),
 }
 
 
@@ -59,13 +60,14 @@ def main() -> None:
 def kind_of(means: Means, index: int) -> str:
     """Which of `KINDS` a point is."""
     config = means.points[index].config
-    narrow = config["model.width"] < max(point.config["model.width"] for point in means.points)
+    # Most points have the width that the task has.
+    other = config["model.width"] != statistics.mode(point.config["model.width"] for point in means.points)
     if means.points[index].group == "static":
-        if narrow:
-            return "static, half width"
+        if other:
+            return "static, other width"
         return "static, W = A" if len(set(widths(config))) == 1 else "static, W ≠ A"
-    if narrow:
-        return "scheduled, half width"
+    if other:
+        return "scheduled, other width"
     names = [config.get(f"schedule.{kind}.name") or config["schedule.name"] for kind in ("weights", "acts")]
     if names == ["linear", "linear"]:
         same = config["schedule.weights.start_bits"] == config["schedule.acts.start_bits"]
@@ -83,7 +85,7 @@ def widths(config: Any) -> tuple[int, int]:
 
 
 def grid(means: Means) -> dict[tuple[int, int], int]:
-    """(weights, acts) → index of the static point at full width."""
+    """(weights, acts) → index of the static point of the task's own width."""
     return {
         widths(means.points[i].config): i
         for i in range(len(means.points))

@@ -12,12 +12,13 @@ from qtrain import sweep as points
 from qtrain.config import finish
 
 short = runpy.run_path(str(Path(__file__).parents[1] / "short_tasks.py"))["short"]
-# The model at half its width: what other model costs as much as this one at fewer bits? MobileNet's channels come in
-# eights, and those on the digits have eight already.
+# Another width of the model: what other model costs as much as this one at other bits? Half of it, but twice for
+# MobileNet: its channels come in eights, and on the digits most have eight already.
 WIDTHS = {
     "resnet": {"model.width": 0.25},
     "transformer": {"model.width": 32},
     "s5": {"model.width": 16, "model.state_size": 16},
+    "mobilenet": {"model.width": 0.5},
 }
 BITS = (2, 3, 4, 8)
 
@@ -43,9 +44,8 @@ def sweep(argument: str = "resnet"):
         # One rises while the other falls, so that their product is about constant; and both, for comparison.
         *[_linear(weights, acts) for weights, acts in itertools.product(((3, 8), (8, 3)), repeat=2)],
     ]
-    half = (*[_static(b, b) for b in BITS], _both("CR", 3)) if family in WIDTHS else ()
-    narrow = [WIDTHS[family] | one for one in half]
-    return points.product(points.chain(grid, scheduled, narrow), {"seed": range(3)})
+    other = [WIDTHS[family] | one for one in (*[_static(b, b) for b in BITS], _both("CR", 3))]
+    return points.product(points.chain(grid, scheduled, other), {"seed": range(3)})
 
 
 def _static(weights: int, acts: int):
