@@ -3,10 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from inject_models import KEY, X, random_variables
 
-from qtrain.errors import UsageError
 from qtrain.inject import Rule, quantize
 from qtrain.precision import Precision
 from qtrain.quantizers import Uniform, contract
@@ -51,16 +49,6 @@ def traced(model, rules, x=X, bits=BITS, concrete=False, **kwargs):
     else:
         jax.eval_shape(apply, variables, jax.tree.map(jnp.float32, bits))
     return seen
-
-
-def refused(call, *pieces):
-    with pytest.raises(UsageError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    for piece in pieces:
-        assert piece in message
-    return message
 
 
 def assert_like_fake(model, rule, x, widths, **kwargs):

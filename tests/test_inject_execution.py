@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from execution_rules import BITS, INT8, TENSOR, assert_like_fake, fake, native_rule, refused, spy, traced
+from execution_rules import BITS, INT8, TENSOR, assert_like_fake, fake, native_rule, spy, traced
 from inject_models import KEY, MLP, ConvNet, X, normal
+from refusals import refused
 
 from qtrain.errors import UsageError
 from qtrain.inject import Rule, quantize

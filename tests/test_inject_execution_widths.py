@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from execution_rules import BITS, INT8, assert_like_fake, native_rule, refused, spy, traced
+from execution_rules import BITS, INT8, assert_like_fake, native_rule, spy, traced
 from inject_models import KEY, MLP, Block, Scanned, Stack, X, normal, vmapped
 from program import small_config
+from refusals import refused
 
 from qtrain.build import build
 from qtrain.experiment import describe

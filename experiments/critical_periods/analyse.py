@@ -6,7 +6,8 @@
 Lines of runs that the folder does not have stay as they are.
 A line for each finished run: family, part, what it is called, seed, overrides, numbers, command, versions, hardware and
 date. Sensitivity is, seed by seed, the accuracy of the run without the deficit, of the same length and learning rates,
-less that of the run with it, in points; intervals are 95 % bootstrap intervals over seeds.
+less that of the run with it, in points; intervals are 95 % bootstrap intervals over seeds, of the difference
+between early and late windows those of Student's t as well.
 """
 
 from __future__ import annotations

@@ -151,10 +151,9 @@ def _window(family: Family, steps: int):
 
 def _rate(rate: str, onset: int, length: int) -> dict[str, Any]:
     """It decays throughout; is constant; or stands still in the window, and decays as far as ever outside it."""
-    if rate == "constant":
-        return {"optimizer.schedule": "constant"}
-    held = {"optimizer.hold_steps": length, **({"optimizer.hold_start_steps": onset} if onset else {})}
-    return held if rate == "held" else {}
+    if rate == "held":
+        return {"optimizer.hold_steps": length, **({"optimizer.hold_start_steps": onset} if onset else {})}
+    return {"optimizer.schedule": "constant"} if rate == "constant" else {}
 
 
 def _patterns(family: Family, steps: int):
